@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own; `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(READY) ## Make the virtual environment and install the package with everything it needs
+
+demo: $(READY) ## Upcycle a real model offline, compare, search, look inside, save and reload (results in build/demo)
+	rm -rf build/demo
+	$(BIN)/hagmoe demo --out build/demo
+
+test: $(READY) ## Run the tests (under 15 minutes on 2 cores)
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY) ## Run all tests, the slow ones included
+	$(PYTEST)
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,26 @@
+"""HAG-MoE: upcycle a dense text encoder into a mixture of experts that is an ordinary Hugging Face model.
+
+Importing this package once registers the model, so that `AutoModel`, `AutoConfig` and `SentenceTransformer` find it.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from .configuration_hagmoe import HagMoeConfig
+from .modeling_hagmoe import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
+from .upcycling import UpcyclingReport, upcycle
+from .version import __version__
+
+AutoConfig.register(HagMoeConfig.model_type, HagMoeConfig, exist_ok=True)
+AutoModel.register(HagMoeConfig, HagMoeModel, exist_ok=True)
+AutoModelForMaskedLM.register(HagMoeConfig, HagMoeForMaskedLM, exist_ok=True)
+AutoModelForSequenceClassification.register(HagMoeConfig, HagMoeForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "HagMoeConfig",
+    "HagMoeForMaskedLM",
+    "HagMoeForSequenceClassification",
+    "HagMoeModel",
+    "UpcyclingReport",
+    "__version__",
+    "upcycle",
+]

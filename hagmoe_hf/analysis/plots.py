@@ -1,0 +1,56 @@
+"""Pictures of what was recorded. Nothing here sees a model or computes a statistic."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .trace import DomainLoad
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def domain_expert_heatmap(load: DomainLoad, path: str | os.PathLike) -> Path:
+    """Draw one heatmap per sparse layer: domains down, experts across, colour and number the share of a domain's tokens.
+
+    Args:
+        load: What to draw.
+        path: The PNG (or any format that matplotlib writes) to make.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure(width=0.62 * load.counts.shape[2] * len(load.layers) + 2.8, height=0.42 * len(load.domains) + 1.7)
+    axes = figure.subplots(1, len(load.layers), sharey=True, squeeze=False)[0]
+    per_group = load.counts.shape[2] // load.num_groups
+    for axis, layer, share_SE in zip(axes, load.layers, load.share, strict=True):
+        image = axis.imshow(share_SE, cmap="cividis", vmin=0, vmax=1, aspect="auto")  # even in grey, and to the colour-blind
+        for (row, expert), value in np.ndenumerate(share_SE):
+            axis.text(
+                expert, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k"
+            )
+        for boundary in range(per_group, share_SE.shape[1], per_group):
+            axis.axvline(boundary - 0.5, color="w", linewidth=2)
+        axis.set_title(f"layer {layer}", fontsize=10)
+        axis.set_xlabel("expert (white lines part the groups)", fontsize=9)
+        axis.set_xticks(range(share_SE.shape[1]))
+        axis.set_yticks(range(len(load.domains)), load.domains)
+        axis.tick_params(labelsize=8)
+    figure.colorbar(image, ax=list(axes), label="share of the domain's tokens", fraction=0.03)
+    figure.suptitle("Where each domain's tokens went (per cent)", fontsize=11)
+    path = Path(path)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install hagmoe_hf[plots]") from error
+    return Figure(figsize=(width, height), layout="constrained")

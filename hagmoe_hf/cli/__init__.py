@@ -1,0 +1,1 @@
+"""The command `hagmoe`: one verb, one library call."""

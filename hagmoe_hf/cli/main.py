@@ -1,0 +1,103 @@
+"""The verbs of `hagmoe`. Each parses, calls the library once, and prints; nobody imports this."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedModel
+
+from .. import demo as demo_room
+from ..files import new_folder
+from ..upcycling import upcycle as upcycle_library
+
+app = typer.Typer(
+    help="HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _layer_list(value: str) -> list[int]:
+    try:
+        return [int(layer) for layer in value.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not possible; allowed: layer numbers like 1,3,5.") from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hagmoe_hf {version('hagmoe_hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors."""
+
+
+@app.command()
+def upcycle(
+    parent: Annotated[str, typer.Argument(help="Local folder or Hub id of a dense model.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the mixture.")],
+    sparse_layers: Annotated[
+        str | None, typer.Option(help="Layers that become mixtures, like 1,3; every second one but the last by default.")
+    ] = None,
+    n_group: Annotated[int, typer.Option(help="Expert groups; 1 for a plain token router.")] = 4,
+    num_experts: Annotated[int, typer.Option(help="Routed experts per sparse layer, over all groups.")] = 8,
+    num_experts_per_tok: Annotated[int, typer.Option(help="Routed experts that each token passes.")] = 1,
+    topk_group: Annotated[int, typer.Option(help="Groups that stay open for a text.")] = 1,
+    shared_expert_fraction: Annotated[float, typer.Option(help="Share of the neurons that every token passes.")] = 0.5,
+    group_routing: Annotated[Literal["sequence", "token"], typer.Option(help="Who opens groups.")] = "sequence",
+    combine_rule: Annotated[Literal["selection", "normalized"], typer.Option(help="Weights of the experts.")] = "selection",
+    seed: Annotated[int, typer.Option(help="Seed of the new routers.")] = 0,
+) -> None:
+    """Make a HAG-MoE with its parent's vectors. OUT appears whole, or not at all."""
+    with new_folder(out) as folder:
+        mixture = upcycle_library(
+            parent,
+            sparse_layers=None if sparse_layers is None else _layer_list(sparse_layers),
+            n_group=n_group,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            topk_group=topk_group,
+            shared_expert_fraction=shared_expert_fraction,
+            group_routing=group_routing,
+            combine_rule=combine_rule,
+            seed=seed,
+        )
+        mixture.save_pretrained(str(folder))
+        if isinstance(mixture, PreTrainedModel):  # a SentenceTransformer saves its own tokenizer
+            AutoTokenizer.from_pretrained(parent).save_pretrained(folder)
+        report = json.dumps(mixture.upcycling_report.to_dict(), indent=2)
+        (folder / "upcycling_report.json").write_text(report + "\n", encoding="utf-8")
+    print(mixture.upcycling_report)
+    print(f"Written: {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="New folder for the demo's model and plot.")] = Path("hagmoe_demo"),
+) -> None:
+    """Upcycle a real packaged model offline, compare, search, look inside, save and reload."""
+    difference = demo_room.run(out)
+    if difference > demo_room.LARGEST_DIFFERENCE:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run `hagmoe`; what a user can mend ends in one line on stderr instead of a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)

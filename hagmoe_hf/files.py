@@ -1,0 +1,42 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it takes that name when the block ends well, and is removed when it fails.
+
+    A process that is killed leaves at most a folder named `.NAME.partial-*`, never a half-written `path`.
+
+    Args:
+        path: The folder to be; an empty folder of that name is replaced.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder, at the start or (another process was faster) at the end.
+    """
+    target = Path(path)
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        try:
+            os.replace(partial, target)  # replaces an empty folder, fails on any other
+        except OSError:
+            _refuse_existing(target)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists; allowed: a new name, or an empty folder.")

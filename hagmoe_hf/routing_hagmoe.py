@@ -1,0 +1,131 @@
+"""Which experts see a token. Pure tensor arithmetic: no parameters, no config, no I/O.
+
+This file travels to the Hub beside the weights, so it imports nothing but torch.
+
+Axes:  B sequences   L tokens   D hidden_size   G groups   R experts per group   E = G*R experts   K = experts per token
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """The choice made for every token; all that the experts need to know about the router."""
+
+    router_logits: Tensor  # (B*L, E) float32, log-probabilities before top-k: their exp sums to 1 over E
+    expert_index: Tensor  # (B*L, K) int64 in [0, E), most probable first; E at padding, meaning "no expert"
+    expert_weight: Tensor  # (B*L, K) in the model's dtype; 0 at padding
+
+
+def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Summarise each sequence by learned-query attention over its own real tokens.
+
+    `s = sum_t softmax_t(q . x_t / sqrt(D)) x_t`. A sequence without any real token gets the plain mean of its padding:
+    finite, and never used, since nothing of that sequence is routed.
+
+    Args:
+        hidden_states: (B, L, D) float32.
+        query: (D,) float32.
+        token_mask: (B, L) bool, True at real tokens; None when all are.
+
+    Returns:
+        (B, D) float32.
+    """
+    scores_BL = hidden_states @ query * hidden_states.shape[-1] ** -0.5
+    if token_mask is not None:
+        scores_BL = scores_BL.masked_fill(~token_mask, torch.finfo(scores_BL.dtype).min)
+    return (scores_BL.softmax(dim=-1).unsqueeze(1) @ hidden_states).squeeze(1)
+
+
+def route(
+    group_logits: Tensor | None,
+    expert_logits: Tensor | None,
+    token_mask: Tensor | None,
+    *,
+    topk_group: int,
+    top_k: int,
+    combine_rule: str,
+    dtype: torch.dtype,
+) -> Routing:
+    """Choose and weigh experts for every token from the two gates' logits.
+
+    `log P(expert) = log P(group) + log P(expert | group)`. Only the `topk_group` most probable groups stay open, and each
+    token takes the `top_k` most probable experts in them (group-limited routing, arXiv 2405.04434). Equal probabilities
+    go to the lowest id. The choice of one sequence never depends on another's.
+
+    Args:
+        group_logits: (B, L, G), or (B, 1, G) when a sequence chooses for all its tokens; None for one group.
+        expert_logits: (B, L, E); None when every group holds one expert, and `group_logits` is then (B, L, G).
+        token_mask: (B, L) bool, True at real tokens; None when all are.
+        topk_group: Groups that stay open.
+        top_k: Experts per token (K).
+        combine_rule: "selection", "softmax" or "normalized", see `HagMoeConfig`.
+        dtype: The dtype of the weights that are returned.
+
+    Returns:
+        The routing, flattened over sequences and tokens. Logits are float32; both logits given must be, too.
+    """
+    log_probs_BLE, group_log_probs = _joint_log_probs(group_logits, expert_logits)
+    scores_BLE = log_probs_BLE
+    if group_log_probs is not None and topk_group < group_log_probs.shape[-1]:
+        scores_BLE = _close_groups(log_probs_BLE, group_log_probs, topk_group)
+    expert_index_BLK = _top_k_lowest_id_first(scores_BLE, top_k)
+    weight_BLK = _combine(log_probs_BLE.gather(-1, expert_index_BLK), combine_rule)
+
+    if token_mask is not None:
+        num_experts = log_probs_BLE.shape[-1]
+        expert_index_BLK = expert_index_BLK.masked_fill(~token_mask.unsqueeze(-1), num_experts)
+        weight_BLK = weight_BLK.masked_fill(~token_mask.unsqueeze(-1), 0.0)
+    return Routing(
+        router_logits=log_probs_BLE.flatten(0, 1),
+        expert_index=expert_index_BLK.flatten(0, 1),
+        expert_weight=weight_BLK.flatten(0, 1).to(dtype),
+    )
+
+
+def _joint_log_probs(group_logits: Tensor | None, expert_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(B, L, E) log P(expert), and (B, 1 or L, G) log P(group) where there is more than one group."""
+    if group_logits is None:
+        if expert_logits is None:
+            raise ValueError("group_logits=None and expert_logits=None leave nothing to route by; allowed: one None.")
+        return expert_logits.log_softmax(dim=-1), None
+    group_log_probs = group_logits.log_softmax(dim=-1)
+    if expert_logits is None:  # one expert per group: P(expert | group) is 1
+        return group_log_probs, group_log_probs
+    expert_log_probs_BLGR = expert_logits.unflatten(-1, (group_logits.shape[-1], -1)).log_softmax(dim=-1)
+    return (group_log_probs.unsqueeze(-1) + expert_log_probs_BLGR).flatten(-2), group_log_probs
+
+
+def _close_groups(log_probs_BLE: Tensor, group_log_probs: Tensor, topk_group: int) -> Tensor:
+    """(B, L, E) log-probabilities with minus infinity for every expert outside the open groups."""
+    open_groups = _top_k_lowest_id_first(group_log_probs, topk_group)  # (B, 1 or L, topk_group)
+    is_open = torch.zeros_like(group_log_probs, dtype=torch.bool).scatter(-1, open_groups, True)
+    log_probs_BLGR = log_probs_BLE.unflatten(-1, (group_log_probs.shape[-1], -1))
+    return log_probs_BLGR.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _top_k_lowest_id_first(scores: Tensor, k: int) -> Tensor:
+    """Indices (..., k) of the k largest of (..., n); of equal ones the lowest index, which `topk` does not promise."""
+    chosen = []
+    for _ in range(k):
+        best = scores.argmax(dim=-1, keepdim=True)
+        chosen.append(best)
+        if len(chosen) < k:
+            scores = scores.scatter(-1, best, float("-inf"))
+    return torch.cat(chosen, dim=-1)
+
+
+def _combine(log_prob_BLK: Tensor, combine_rule: str) -> Tensor:
+    """Weights (B, L, K) of the chosen experts; every rule keeps the gradient of their probabilities."""
+    if combine_rule == "normalized":
+        return log_prob_BLK.softmax(dim=-1)
+    prob_BLK = log_prob_BLK.exp()
+    if combine_rule == "softmax":
+        return prob_BLK
+    # "selection": p - p is exactly 0, so the forward weight is exactly 1/K; the gradient is that of p
+    return (prob_BLK - prob_BLK.detach()) + 1.0 / log_prob_BLK.shape[-1]
+
+
+__all__ = ["Routing", "attention_pool", "route"]

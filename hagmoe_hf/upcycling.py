@@ -1,0 +1,451 @@
+"""From a dense text encoder to a HAG-MoE with identical outputs, and a report of what went where.
+
+The feed-forward neurons of each chosen layer are divided into a shared slice, which becomes the shared expert, and a
+routed slice, of which every routed expert starts as a copy. Whatever the router chooses, the weights of a token's experts
+sum to 1, so the block computes what the parent's did (sparse upcycling, arXiv 2212.05055, made exact). The output bias is
+added once.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from . import sentence
+from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
+from .model_card import upcycled_card
+from .modeling_hagmoe import (
+    HagMoeForMaskedLM,
+    HagMoeForSequenceClassification,
+    HagMoeModel,
+    HagMoePreTrainedModel,
+    naming_damaged_weights,
+    refuse_non_finite,
+)
+
+StateDict: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of dense encoders maps onto the HAG-MoE shape.
+
+    Attributes:
+        config_fields: Fields that carry the same name and meaning in both configurations.
+        required: Fields of the parent's configuration that must have this value, where it has them at all.
+        key_rules: Ordered (pattern, replacement) pairs, each tried on a parent's parameter name until one matches whole.
+        heads: The parent's class name -> the HAG-MoE class that takes its place.
+        aliases: Parent parameters that only repeat another one.
+    """
+
+    config_fields: tuple[str, ...]
+    required: dict[str, Any]
+    key_rules: tuple[tuple[str, str], ...]
+    heads: dict[str, type[HagMoePreTrainedModel]]
+    aliases: frozenset[str]
+
+
+BERT = Family(
+    config_fields=(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "initializer_range",
+        "layer_norm_eps",
+        "classifier_dropout",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "problem_type",
+        "id2label",
+        "label2id",
+    ),
+    required={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
+    key_rules=(
+        (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"embeddings.\1_embeddings.weight"),
+        (r"embeddings\.LayerNorm\.(weight|bias)", r"embeddings.norm.\1"),
+        (r"encoder\.layer\.(\d+)\.attention\.self\.query\.(weight|bias)", r"layers.\1.attention.q_proj.\2"),
+        (r"encoder\.layer\.(\d+)\.attention\.self\.key\.(weight|bias)", r"layers.\1.attention.k_proj.\2"),
+        (r"encoder\.layer\.(\d+)\.attention\.self\.value\.(weight|bias)", r"layers.\1.attention.v_proj.\2"),
+        (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
+        (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(weight|bias)", r"layers.\1.attention_norm.\2"),
+        (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.up_proj.\2"),
+        (r"encoder\.layer\.(\d+)\.output\.dense\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
+        (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(weight|bias)", r"layers.\1.mlp_norm.\2"),
+        (r"pooler\.dense\.(weight|bias)", r"pooler.dense.\1"),
+        (r"cls\.predictions\.transform\.dense\.(weight|bias)", r"lm_head.dense.\1"),
+        (r"cls\.predictions\.transform\.LayerNorm\.(weight|bias)", r"lm_head.norm.\1"),
+        (r"cls\.predictions\.decoder\.(weight|bias)", r"lm_head.decoder.\1"),
+        (r"classifier\.(weight|bias)", r"classifier.\1"),
+    ),
+    heads={
+        "BertModel": HagMoeModel,
+        "BertForMaskedLM": HagMoeForMaskedLM,
+        "BertForSequenceClassification": HagMoeForSequenceClassification,
+    },
+    aliases=frozenset({"cls.predictions.bias"}),
+)
+
+FAMILIES: dict[str, Family] = {"bert": BERT}
+
+
+@dataclass(frozen=True)
+class UpcyclingReport:
+    """What an upcycling did; `print` it, or keep it as JSON through `to_dict`.
+
+    Attributes:
+        parent: Name or path of the dense parent.
+        family: Its `model_type`.
+        sparse_layers: Layers whose feed-forward block became a mixture.
+        shared_width: Parent neurons in the shared expert of each such layer.
+        routed_width: Parent neurons that every routed expert starts with.
+        num_experts: Routed experts per sparse layer.
+        copied: Parameters of the parent taken over as they are, as (name in the mixture, numbers).
+        split: Feed-forward parameters of the parent that were divided, as (name in the parent's layout, numbers).
+        new: Parameters without a counterpart in the parent, as (name, numbers).
+        parent_parameters: Numbers in the parent.
+        total_parameters: Numbers in the mixture.
+        active_parameters: Numbers that one token passes in the mixture.
+    """
+
+    parent: str
+    family: str
+    sparse_layers: tuple[int, ...]
+    shared_width: int
+    routed_width: int
+    num_experts: int
+    copied: tuple[tuple[str, int], ...]
+    split: tuple[tuple[str, int], ...]
+    new: tuple[tuple[str, int], ...]
+    parent_parameters: int
+    total_parameters: int
+    active_parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        def line(label: str, entries: tuple[tuple[str, int], ...], remark: str) -> str:
+            return f"  {label:<7} {len(entries):>4} tensors  {sum(size for _, size in entries):>13,} numbers   {remark}"
+
+        ratio = self.active_parameters / self.parent_parameters
+        layers = ", ".join(map(str, self.sparse_layers))
+        return "\n".join(
+            (
+                f"Upcycled {self.parent} ({self.family}); sparse layers: {layers}",
+                line("copied", self.copied, "as they are"),
+                line(
+                    "split",
+                    self.split,
+                    f"{self.shared_width} neurons shared, {self.routed_width} in each of {self.num_experts} experts",
+                ),
+                line("new", self.new, "routers and expert output biases"),
+                f"  parent {self.parent_parameters:,} parameters; mixture {self.total_parameters:,} in total, "
+                f"{self.active_parameters:,} active per token ({ratio:.4f}x the parent)",
+            )
+        )
+
+
+def upcycle(
+    parent: Any,
+    *,
+    sparse_layers: Sequence[int] | None = None,
+    n_group: int = 4,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 1,
+    topk_group: int = 1,
+    shared_expert_fraction: float = 0.5,
+    group_routing: str = "sequence",
+    combine_rule: str = "selection",
+    seed: int = 0,
+) -> Any:
+    """Turn a dense text encoder into a HAG-MoE that gives the same outputs.
+
+    With `num_experts_per_tok=1` the mixture has its parent's active FLOPs; each further expert adds one routed slice.
+
+    Args:
+        parent: A path or Hub id, a transformers model, or a `SentenceTransformer`. It is left as it was.
+        sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end; every
+            second layer but the last where None.
+        n_group: Expert groups, a divisor of `num_experts`; 1 for a plain token router.
+        num_experts: Routed experts per sparse layer, over all groups.
+        num_experts_per_tok: Routed experts that each token passes.
+        topk_group: Groups that stay open for a sequence (or token).
+        shared_expert_fraction: Share of the parent's feed-forward neurons that every token keeps passing, in [0, 1),
+            rounded to a multiple of 8 neurons.
+        group_routing: "sequence" or "token": who opens groups.
+        combine_rule: "selection" or "normalized"; "softmax" weights do not sum to 1 and could not reproduce the parent.
+        seed: Seed of the new routers' weights.
+
+    Returns:
+        The same kind of thing: a `SentenceTransformer` of stock modules for a `SentenceTransformer` (or a path to one), a
+        `HagMoeModel`, `HagMoeForMaskedLM` or `HagMoeForSequenceClassification` for a transformers model. Its
+        `upcycling_report` is an `UpcyclingReport`.
+
+    Raises:
+        ValueError: A family, head, layer, width or option that cannot be upcycled, or weights that are not finite.
+        TypeError: `parent` is none of the above.
+
+    Source: sparse upcycling, arXiv 2212.05055; shared experts, arXiv 2401.06066.
+    """
+    options: dict[str, Any] = {
+        "n_group": n_group,
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+        "topk_group": topk_group,
+        "group_routing": group_routing,
+        "combine_rule": combine_rule,
+    }
+
+    def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
+        return _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
+
+    if isinstance(parent, str | os.PathLike):
+        parent = load_parent(parent)
+    if isinstance(parent, PreTrainedModel):
+        return upcycle_model(parent)
+    if sentence.is_sentence_transformer(parent):
+        return _upcycle_sentence_transformer(parent, upcycle_model)
+    raise TypeError(
+        f"parent is a {type(parent).__name__}; allowed: a path or Hub id, a transformers model, a SentenceTransformer."
+    )
+
+
+def load_parent(name_or_path: str | os.PathLike) -> Any:
+    """Load a dense model as what it was saved as: a `SentenceTransformer`, or the transformers class in its config.
+
+    Args:
+        name_or_path: A local folder or a Hub id.
+
+    Raises:
+        FileNotFoundError: `name_or_path` can only be a local folder, and there is none.
+        ValueError: The checkpoint lacks weights that would have to be invented, or is damaged.
+    """
+    name = os.path.expanduser(os.fspath(name_or_path))
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(
+            f"parent={name!r} is no folder; allowed: a local model folder or a Hub id like 'owner/name'."
+        )
+    with naming_damaged_weights(name):
+        if sentence.is_sentence_transformer_path(name):
+            return sentence.load(name)
+        return _load_transformers_model(name)
+
+
+def _load_transformers_model(name: str) -> PreTrainedModel:
+    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    loaders: dict[str, Any] = {
+        "ForMaskedLM": AutoModelForMaskedLM,
+        "ForPreTraining": AutoModelForMaskedLM,
+        "ForSequenceClassification": AutoModelForSequenceClassification,
+    }
+    loader = next((loader for suffix, loader in loaders.items() if architecture.endswith(suffix)), AutoModel)
+    model, info = loader.from_pretrained(name, output_loading_info=True)
+    invented = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if invented:
+        raise ValueError(f"{name} lacks the weights {invented}; allowed: a checkpoint with all of them (or without pooler).")
+    return model
+
+
+def _upcycle_sentence_transformer(parent: Any, upcycle_model: Callable) -> Any:
+    encoder = upcycle_model(sentence.encoder_of(parent))
+    report = encoder.upcycling_report
+    # A card is for publishing, so it shows the parent's name, not the folder it was loaded from
+    public_report = replace(report, parent=Path(report.parent).name) if Path(report.parent).is_dir() else report
+    mixture = sentence.with_encoder(parent, encoder, upcycled_card(str(public_report), sentence.card_text(parent)))
+    mixture.upcycling_report = report
+    return mixture
+
+
+def _upcycle_model(
+    parent: PreTrainedModel,
+    sparse_layers: Sequence[int] | None,
+    shared_expert_fraction: float,
+    options: dict[str, Any],
+    seed: int,
+) -> HagMoePreTrainedModel:
+    family, mixture_class = _family_and_class(parent)
+    name = parent.name_or_path or type(parent).__name__
+    refuse_non_finite(parent, name)
+    config = _mixture_config(parent, family, sparse_layers, shared_expert_fraction, options)
+
+    has_pooler = any("pooler." in key for key in parent.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Only the encoder alone may come without a pooler; in a head its presence follows from the class
+        mixture = HagMoeModel(config, has_pooler) if mixture_class is HagMoeModel else mixture_class(config)
+    mixture = mixture.to(device=parent.device, dtype=parent.dtype)  # type: ignore[call-arg]
+
+    renamed = _rename(parent, family)
+    weights, copied, split = _split_feed_forward(renamed, config)
+    new = _load(mixture, weights)
+    counts = config.parameter_counts()
+    total = mixture.num_parameters()
+    mixture.upcycling_report = UpcyclingReport(
+        parent=name,
+        family=parent.config.model_type,
+        sparse_layers=tuple(config.sparse_layers),
+        shared_width=cast(int, config.shared_expert_intermediate_size),
+        routed_width=cast(int, config.moe_intermediate_size),
+        num_experts=config.num_experts,
+        copied=copied,
+        split=split,
+        new=new,
+        parent_parameters=parent.num_parameters(),
+        total_parameters=total,
+        active_parameters=total - (counts.total - counts.active),
+    )
+    return mixture.train(parent.training)
+
+
+def _family_and_class(parent: PreTrainedModel) -> tuple[Family, type[HagMoePreTrainedModel]]:
+    if isinstance(parent, HagMoePreTrainedModel):
+        raise ValueError(f"{type(parent).__name__} is a mixture already; allowed: a dense model.")
+    family = FAMILIES.get(parent.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"model_type={parent.config.model_type!r} cannot be upcycled; allowed: {', '.join(sorted(FAMILIES))}."
+        )
+    mixture_class = family.heads.get(type(parent).__name__)
+    if mixture_class is None:
+        raise ValueError(f"{type(parent).__name__} cannot be upcycled; allowed: {', '.join(sorted(family.heads))}.")
+    for field, value in family.required.items():
+        actual = getattr(parent.config, field, value)
+        if actual != value:
+            raise ValueError(f"{field}={actual!r} in the parent's config cannot be upcycled; allowed: {value!r}.")
+    return family, mixture_class
+
+
+def _mixture_config(
+    parent: PreTrainedModel,
+    family: Family,
+    sparse_layers: Sequence[int] | None,
+    shared_expert_fraction: float,
+    options: dict[str, Any],
+) -> HagMoeConfig:
+    if options["combine_rule"] == "softmax":
+        raise ValueError(
+            "combine_rule='softmax' cannot be upcycled, since its weights do not sum to 1 and the outputs would differ from "
+            "the parent's; allowed: 'selection', or 'normalized' with num_experts_per_tok > 1."
+        )
+    fields = {field: getattr(parent.config, field) for field in family.config_fields if hasattr(parent.config, field)}
+    fields["attn_implementation"] = parent.config._attn_implementation
+    shared_width = _shared_width(parent.config.intermediate_size, shared_expert_fraction)
+    return HagMoeConfig(
+        **fields,
+        **options,
+        mlp_layer_types=_mlp_layer_types(parent.config.num_hidden_layers, sparse_layers),
+        shared_expert_intermediate_size=shared_width,
+        moe_intermediate_size=parent.config.intermediate_size - shared_width,
+    )
+
+
+def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Sequence[int] | None) -> list[str]:
+    if sparse_layers is None:
+        return default_mlp_layer_types(num_hidden_layers)
+    if isinstance(sparse_layers, str) or not all(isinstance(layer, int) for layer in sparse_layers) or not sparse_layers:
+        raise ValueError(f"sparse_layers={sparse_layers!r} is not possible; allowed: a list of layer numbers, or None.")
+    out_of_range = [layer for layer in sparse_layers if not -num_hidden_layers <= layer < num_hidden_layers]
+    if out_of_range:
+        raise ValueError(
+            f"sparse_layers={list(sparse_layers)} names layer {out_of_range[0]}; allowed: 0 to {num_hidden_layers - 1} "
+            f"(or -{num_hidden_layers} to -1)."
+        )
+    sparse = {layer % num_hidden_layers for layer in sparse_layers}
+    return ["sparse" if layer in sparse else "dense" for layer in range(num_hidden_layers)]
+
+
+def _shared_width(intermediate_size: int, fraction: float) -> int:
+    """Neurons of the shared slice: the fraction rounded to a multiple of 8, so that both slices keep a usable width."""
+    is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not is_number or not 0 <= fraction < 1:
+        raise ValueError(f"shared_expert_fraction={fraction!r} is not possible; allowed: a number from 0 up to, not 1.")
+    if intermediate_size % WIDTH_MULTIPLE:
+        raise ValueError(
+            f"intermediate_size={intermediate_size} in the parent's config cannot be split; allowed: a multiple of "
+            f"{WIDTH_MULTIPLE} (grouped matrix products need rows of 16 bytes)."
+        )
+    width = round(intermediate_size * fraction / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    if width == intermediate_size:
+        raise ValueError(
+            f"shared_expert_fraction={fraction} leaves no neuron of intermediate_size={intermediate_size} to the routed "
+            f"experts; allowed: up to {1 - WIDTH_MULTIPLE / intermediate_size:.4f}."
+        )
+    return width
+
+
+def _rename(parent: PreTrainedModel, family: Family) -> StateDict:
+    """The parent's weights under the mixture's names, feed-forward blocks still whole."""
+    head_prefix = f"{parent.base_model_prefix}."
+    own_prefix = f"{HagMoePreTrainedModel.base_model_prefix}."
+    renamed, unknown = {}, []
+    for key, tensor in parent.state_dict().items():
+        if key in family.aliases:
+            continue
+        in_base = key.startswith(head_prefix)
+        bare_key = key.removeprefix(head_prefix)
+        for pattern, replacement in family.key_rules:
+            if match := re.fullmatch(pattern, bare_key):
+                renamed[(own_prefix if in_base else "") + match.expand(replacement)] = tensor.detach()
+                break
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"{type(parent).__name__} has parameters that a HAG-MoE has no place for: {unknown}; allowed: those of a stock "
+            f"{parent.config.model_type} model."
+        )
+    return renamed
+
+
+def _split_feed_forward(
+    dense: StateDict, config: HagMoeConfig
+) -> tuple[StateDict, tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]]:
+    """Divide the feed-forward blocks of the sparse layers; also tell what was copied and what was split."""
+    shared, sparse = cast(int, config.shared_expert_intermediate_size), set(config.sparse_layers)
+    weights: StateDict = {}
+    copied, split = [], []
+    for key, tensor in dense.items():
+        match = re.fullmatch(r"((?:.*\.)?layers\.(\d+)\.mlp)\.(up_proj|down_proj)\.(weight|bias)", key)
+        if match is None or int(match[2]) not in sparse:
+            weights[key] = tensor
+            copied.append((key, tensor.numel()))
+            continue
+        block, projection, kind = match[1], match[3], match[4]
+        split.append((key, tensor.numel()))
+        if (projection, kind) == ("down_proj", "bias"):  # the output bias: added once, outside the experts
+            weights[f"{block}.shared_expert.down_proj.bias" if shared else f"{block}.output_bias"] = tensor
+            weights[f"{block}.experts.down_proj_bias"] = tensor.new_zeros(config.num_experts, len(tensor))
+            continue
+        neuron_axis = 1 if projection == "down_proj" else 0
+        shared_slice, routed_slice = tensor.split([shared, tensor.shape[neuron_axis] - shared], dim=neuron_axis)
+        if shared:
+            weights[f"{block}.shared_expert.{projection}.{kind}"] = shared_slice
+        stack = f"{block}.experts.{projection}" + ("_bias" if kind == "bias" else "")
+        weights[stack] = routed_slice.expand(config.num_experts, *routed_slice.shape)
+    return weights, tuple(copied), tuple(split)
+
+
+def _load(mixture: HagMoePreTrainedModel, weights: StateDict) -> tuple[tuple[str, int], ...]:
+    """Load `weights`; return what remains as initialised: the routers, and the experts' output biases, which start at 0."""
+    missing, unexpected = mixture.load_state_dict(weights, strict=False)
+    not_routers = [key for key in missing if ".router." not in key]
+    if not_routers or unexpected:
+        raise ValueError(f"The parent's weights do not fit: without counterpart {unexpected}, not filled {not_routers}.")
+    new = [*missing, *(key for key in weights if key.endswith(".experts.down_proj_bias"))]
+    return tuple((key, mixture.get_parameter(key).numel()) for key in new)
