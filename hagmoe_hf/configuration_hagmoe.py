@@ -71,7 +71,8 @@ class HagMoeConfig(PreTrainedConfig):
         topk_group (`int`): Groups that stay open for a sequence (or a token).
         group_routing (`str`): Who opens groups: "sequence" (one choice for all tokens of a text) or "token".
         combine_rule (`str`): Weight of a chosen expert whose probability is p. "selection": 1/K in the forward pass, with
-            the gradient of p; "softmax": p; "normalized": p over the sum of the chosen ones' (needs K > 1).
+            the gradient of p; "softmax": p; "normalized": p over the sum of the chosen ones' (needs
+            K > 1, and one group or more than one open group).
         moe_intermediate_size (`int`, *optional*): Width of a routed expert, a multiple of 8; what the shared expert leaves
             of `intermediate_size` where None.
         shared_expert_intermediate_size (`int`, *optional*): Width of the shared expert, a multiple of 8, 0 for none; half
@@ -191,13 +192,22 @@ class HagMoeConfig(PreTrainedConfig):
             f"between 1 and {open_experts}, the experts in topk_group={self.topk_group} open group(s) of "
             f"{self.experts_per_group}",
         )
-        _require(
-            self.combine_rule != "normalized" or self.num_experts_per_tok > 1,
-            "combine_rule",
-            self.combine_rule,
-            "'selection' or 'softmax' when num_experts_per_tok=1: a single normalized weight is always 1, so the router "
-            "would get no gradient",
-        )
+        if self.combine_rule == "normalized":
+            others = "'selection' or 'softmax'"
+            _require(
+                self.num_experts_per_tok > 1,
+                "combine_rule",
+                self.combine_rule,
+                f"{others} when num_experts_per_tok=1: a single normalized weight is always 1, so the router would get no "
+                "gradient",
+            )
+            _require(
+                self.n_group == 1 or self.topk_group > 1,
+                "combine_rule",
+                self.combine_rule,
+                f"{others} when topk_group=1 of n_group={self.n_group}: the group's probability cancels out of the "
+                "normalized weights, so the group gate would get no gradient",
+            )
         if not self.sparse_layers:
             return
         for name, smallest in (("moe_intermediate_size", WIDTH_MULTIPLE), ("shared_expert_intermediate_size", 0)):

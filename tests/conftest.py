@@ -1,0 +1,81 @@
+"""What the tests share: tiny models whose weights are spread wide enough to matter, and the real parent."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, PreTrainedModel
+
+from hagmoe_hf import HagMoeConfig, upcycle
+from hagmoe_hf.demo import parent_folder, read_corpus
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+
+# Every way of routing that the configuration knows
+MODES = {
+    "groups by sequence": {},
+    "groups by token": {"group_routing": "token"},
+    "two open groups": {"topk_group": 2},
+    "flat token router": {"n_group": 1},
+    "sequence router": {"n_group": 8},
+    "token router, one expert per group": {"n_group": 8, "group_routing": "token"},
+    "two experts, selection": {"num_experts_per_tok": 2},
+    "two experts, normalized": {"n_group": 1, "num_experts_per_tok": 2, "combine_rule": "normalized"},
+    "three experts over two groups": {"num_experts_per_tok": 3, "topk_group": 2, "combine_rule": "normalized"},
+    "sequence router, two groups": {"n_group": 8, "topk_group": 2, "num_experts_per_tok": 2},
+}
+
+
+def tiny_config(**changes) -> HagMoeConfig:
+    return HagMoeConfig(**{**TINY, **changes})
+
+
+def spread(model: PreTrainedModel, scale: float = 0.3, seed: int = 0) -> PreTrainedModel:
+    """Give every parameter values wide enough that a misplaced one shows, and different for every expert."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name.lower() and name.endswith("weight") else scale * noise)
+    return model.eval()
+
+
+def route_hard(model: PreTrainedModel, scale: float = 100.0) -> PreTrainedModel:
+    """Make routers decide far from their small initial values: probabilities near 0 and 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router." in name:
+                parameter.mul_(scale)
+    return model
+
+
+@pytest.fixture
+def tiny_bert_config() -> BertConfig:
+    return BertConfig(**TINY)
+
+
+@pytest.fixture(scope="session")
+def real_parent() -> SentenceTransformer:
+    return SentenceTransformer(str(parent_folder()), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def real_mixture(real_parent) -> SentenceTransformer:
+    return upcycle(real_parent)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    texts, _ = read_corpus()
+    return texts

@@ -1,0 +1,135 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TINY, spread
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+
+from hagmoe_hf import demo
+from hagmoe_hf.cli.main import main
+from hagmoe_hf.demo import parent_folder
+from hagmoe_hf.files import new_folder
+
+
+def hagmoe(*arguments: str, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["hagmoe", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+def test_upcycle_writes_a_model_and_its_report(tmp_path, monkeypatch, capsys, real_parent):
+    out = tmp_path / "mixture"
+    assert hagmoe("upcycle", parent_folder(), out, "--sparse-layers", "2,4", "--n-group", "2", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "sparse layers: 2, 4" in printed
+    assert json.loads((out / "upcycling_report.json").read_text())["sparse_layers"] == [2, 4]
+    texts = ["one", "a second text"]
+    mixture = SentenceTransformer(str(out), device="cpu")
+    assert mixture[0].model.config.n_group == 2
+    assert np.abs(mixture.encode(texts) - real_parent.encode(texts)).max() <= 2e-6
+    assert [path.name for path in tmp_path.iterdir()] == ["mixture"], "no temporary folder may stay behind"
+
+
+def test_a_plain_transformers_folder_keeps_its_tokenizer(tmp_path, monkeypatch):
+    """A model without its tokenizer cannot be used."""
+    parent, out = tmp_path / "parent", tmp_path / "mixture"
+    spread(BertForMaskedLM(BertConfig(**{**TINY, "vocab_size": 30522}))).save_pretrained(parent)
+    AutoTokenizer.from_pretrained(parent_folder()).save_pretrained(parent)
+    assert hagmoe("upcycle", parent, out, monkeypatch=monkeypatch) == 0
+    assert AutoTokenizer.from_pretrained(out)("a text")["input_ids"]
+    assert type(AutoModelForMaskedLM.from_pretrained(out)).__name__ == "HagMoeForMaskedLM"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["upcycle", "/no/such/folder", "OUT"], "parent='/no/such/folder' is no folder"),
+        (["upcycle", "PARENT", "OUT", "--n-group", "3"], "n_group=3 is not possible"),
+        (["upcycle", "PARENT", "OUT", "--sparse-layers", "9"], "names layer 9; allowed: 0 to 5"),
+        (["upcycle", "PARENT", "FULL"], "exists; allowed: a new name, or an empty folder"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    """A traceback hides the one thing the user has to change."""
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep me")
+    names = {"PARENT": parent_folder(), "OUT": tmp_path / "out", "FULL": full}
+    assert hagmoe(*(names.get(word, word) for word in arguments), monkeypatch=monkeypatch) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "error: " in error
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert (full / "mine.txt").read_text() == "keep me"
+
+
+def test_a_layer_list_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
+    code = hagmoe("upcycle", parent_folder(), tmp_path / "out", "--sparse-layers", "one", monkeypatch=monkeypatch)
+    assert code != 0
+    assert "allowed: layer numbers like 1,3,5" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_two_processes_cannot_both_write_the_same_folder(tmp_path):
+    """The second must lose with a message, not mix its files into the first's."""
+    out = tmp_path / "out"
+    slow = new_folder(out)
+    (slow.__enter__() / "a").write_text("slow")
+    with new_folder(out) as fast:
+        (fast / "b").write_text("fast")
+    with pytest.raises(FileExistsError, match="exists; allowed: a new name"):
+        slow.__exit__(None, None, None)
+    assert [path.name for path in out.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_upcycling_leaves_no_half_model(tmp_path):
+    """kill -9 cannot be caught: the name the user gave must not exist, or hold everything."""
+    out = tmp_path / "out"
+    program = (
+        "import sys, time\n"
+        "from hagmoe_hf.files import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'model.safetensors').write_text('half')\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(out)], stdout=subprocess.PIPE, env=os.environ)
+    assert process.stdout.readline().strip() == b"writing"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.1)
+    assert not out.exists()
+    with new_folder(out) as folder:
+        (folder / "whole").write_text("whole")
+    assert [path.name for path in out.iterdir()] == ["whole"]
+
+
+def test_the_demo_tells_the_whole_story(tmp_path, monkeypatch):
+    """It is the first thing a newcomer runs."""
+    texts, domains = demo.read_corpus()
+    monkeypatch.setattr(demo, "read_corpus", lambda: (texts[::12], domains[::12]))
+    lines: list[str] = []
+    difference = demo.run(tmp_path / "demo", lines.append)
+    story = "\n".join(lines)
+    assert difference <= demo.LARGEST_DIFFERENCE
+    assert "as promised" in story
+    for query in demo.QUERIES:
+        assert query in story
+    assert "AutoModel:           largest difference 0.0e+00" in story
+    assert (tmp_path / "demo/domains.png").stat().st_size > 10_000
+    assert (tmp_path / "demo/model/model.safetensors").exists()
+    with pytest.raises(FileExistsError):
+        demo.run(tmp_path / "demo", lines.append)
+
+
+def test_the_version_is_shown(monkeypatch, capsys):
+    assert hagmoe("--version", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.startswith("hagmoe_hf 0.")

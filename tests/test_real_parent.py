@@ -1,0 +1,55 @@
+"""The whole journey on all-MiniLM-L6-v2 and real texts."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hagmoe_hf import HagMoeForMaskedLM
+from hagmoe_hf.demo import LARGEST_DIFFERENCE
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("exactness", ROOT / "scripts/exactness.py")
+exactness = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(exactness)
+
+
+@pytest.fixture(scope="module")
+def parent_vectors(real_parent, corpus):
+    return real_parent.encode(corpus)
+
+
+@pytest.mark.parametrize("options", exactness.MODES.values(), ids=exactness.MODES.keys())
+def test_the_vectors_are_the_parents_for_every_way_of_routing(real_parent, parent_vectors, corpus, options):
+    """Small initial gates would hide a router that changes the output; these decide hard."""
+    assert len(corpus) >= 500
+    result = exactness.measure(real_parent, parent_vectors, corpus, options)
+    assert result["largest_difference"] <= LARGEST_DIFFERENCE
+    assert result["median_probability_of_chosen_expert"] > 0.95
+    if options.get("num_experts_per_tok", 1) == 1:
+        assert result["active_over_parent"] < 1.003, "equal active FLOPs: only gates and expert biases are added"
+
+
+def test_a_text_keeps_its_vector_in_any_batch(real_mixture, corpus):
+    """Real lengths and real padding, against one text at a time."""
+    texts = corpus[::9]
+    alone = np.concatenate([real_mixture.encode([text]) for text in texts])
+    for batch_size in (7, 64):
+        assert np.abs(real_mixture.encode(texts, batch_size=batch_size) - alone).max() <= 1e-5
+
+
+def test_the_published_figures_hold_for_the_committed_corpus(corpus):
+    """The table in the README comes from this file; it must speak of the texts that are here."""
+    result = exactness.json.loads((ROOT / "docs/results/exactness.json").read_text())
+    assert result["texts"] == len(corpus)
+    assert list(result["modes"]) == list(exactness.MODES)
+    assert all(row["largest_difference"] <= result["bound"] for row in result["modes"].values())
+
+
+def test_an_mlm_head_can_be_put_on_a_saved_mixture(real_mixture, tmp_path):
+    """Domain-adaptive pre-training starts from the encoder and adds a fresh head."""
+    real_mixture.save_pretrained(str(tmp_path))
+    model, info = HagMoeForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(key.startswith("lm_head.") for key in info["missing_keys"])
+    assert model.model.layers[1].mlp.experts.num_experts == 8
