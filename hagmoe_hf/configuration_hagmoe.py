@@ -77,7 +77,8 @@ class HagMoeConfig(PreTrainedConfig):
             of `intermediate_size` where None.
         shared_expert_intermediate_size (`int`, *optional*): Width of the shared expert, a multiple of 8, 0 for none; half
             of `intermediate_size` where None.
-        output_router_logits (`bool`): Whether outputs carry `router_logits`.
+        output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
+        router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 
     Raises:
         StrictDataclassFieldValidationError: A field has the wrong type.
@@ -115,6 +116,7 @@ class HagMoeConfig(PreTrainedConfig):
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.001
 
     def __post_init__(self, **kwargs):
         if self.mlp_layer_types is None:
@@ -156,7 +158,7 @@ class HagMoeConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, value, "a probability between 0 and 1")
-        for name in ("initializer_range", "layer_norm_eps"):
+        for name in ("initializer_range", "layer_norm_eps", "router_aux_loss_coef"):
             value = getattr(self, name)
             _require(0 <= value < float("inf"), name, value, "a finite number, 0 or more")
         _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, f"one of {sorted(ACT2FN)}")

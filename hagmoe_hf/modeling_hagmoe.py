@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_w
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hagmoe import HagMoeConfig
-from .routing_hagmoe import Routing, attention_pool, route
+from .routing_hagmoe import Routing, attention_pool, load_balancing_loss, route
 
 PACKED_INPUT_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
@@ -56,10 +56,11 @@ class HagMoeModelOutput(ModelOutput):
 
 @dataclass
 class HagMoeMaskedLMOutput(ModelOutput):
-    """What a [`HagMoeForMaskedLM`] returns: `loss` (scalar, with labels), `logits` (B, L, vocab_size), and the rest."""
+    """What a [`HagMoeForMaskedLM`] returns: `loss`, `logits` (B, L, vocab_size), `aux_loss` with router logits, the rest."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    aux_loss: Tensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -68,10 +69,11 @@ class HagMoeMaskedLMOutput(ModelOutput):
 
 @dataclass
 class HagMoeSequenceClassifierOutput(ModelOutput):
-    """What a [`HagMoeForSequenceClassification`] returns: `loss` (with labels), `logits` (B, labels), and the rest."""
+    """What a [`HagMoeForSequenceClassification`] returns: as [`HagMoeMaskedLMOutput`], with `logits` (B, labels)."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    aux_loss: Tensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -173,11 +175,17 @@ class HagMoeRouter(nn.Module):
         self.attention_query = None
         self.group_gate = None
         self.expert_gate = None
-        if config.n_group > 1:
-            if config.group_routing == "sequence":
-                self.attention_query = nn.Parameter(torch.empty(config.hidden_size))
+        # The biases balance the choice without touching weights or gradients; RouterCallback moves them while training
+        self.group_bias: Tensor | None
+        self.expert_bias: Tensor | None
+        has_groups, has_choice = config.n_group > 1, config.experts_per_group > 1
+        self.register_buffer("group_bias", torch.zeros(config.n_group) if has_groups else None)
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts) if has_choice else None)
+        if has_groups and config.group_routing == "sequence":
+            self.attention_query = nn.Parameter(torch.empty(config.hidden_size))
+        if has_groups:
             self.group_gate = HagMoeGate(config.hidden_size, config.n_group, bias=False)
-        if config.experts_per_group > 1:
+        if has_choice:
             self.expert_gate = HagMoeGate(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> Routing:
@@ -196,6 +204,8 @@ class HagMoeRouter(nn.Module):
                 group_logits,
                 expert_logits,
                 token_mask,
+                group_bias=None if self.group_bias is None else self.group_bias.float(),
+                expert_bias=None if self.expert_bias is None else self.expert_bias.float(),
                 topk_group=config.topk_group,
                 top_k=config.num_experts_per_tok,
                 combine_rule=config.combine_rule,
@@ -259,6 +269,8 @@ class HagMoeSparseMLP(nn.Module):
         self.experts = HagMoeExperts(config)
         # The flag makes the stock implementations understand expert id `num_experts` as "no expert": padding costs nothing
         self.experts._is_expert_parallel = True  # type: ignore[assignment]
+        # While training, RouterCallback sets it to (output, routing) -> output: it counts, and adds balance gradients
+        self.routing_observer: Callable[[Tensor, Routing], Tensor] | None = None
         self.shared_expert = self.output_bias = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = HagMoeMLP(config, config.shared_expert_intermediate_size)
@@ -271,7 +283,10 @@ class HagMoeSparseMLP(nn.Module):
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
         routed = self.experts(flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
         common = self.output_bias if self.shared_expert is None else self.shared_expert(hidden_states)
-        return routed + common
+        output = routed + common
+        if self.training and self.routing_observer is not None:
+            output = self.routing_observer(output, routing)
+        return output
 
 
 class HagMoeLayer(GradientCheckpointingLayer):
@@ -319,6 +334,7 @@ class HagMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["group_bias", "expert_bias"]  # moved by steps that half precision would lose
     _can_record_outputs = {
         "hidden_states": HagMoeLayer,
         "attentions": HagMoeAttention,
@@ -337,8 +353,30 @@ class HagMoePreTrainedModel(PreTrainedModel):
             init.zeros_(module.down_proj_bias)
         elif isinstance(module, HagMoeSparseMLP) and module.output_bias is not None:
             init.zeros_(module.output_bias)
-        elif isinstance(module, HagMoeRouter) and module.attention_query is not None:
-            init.normal_(module.attention_query, mean=0.0, std=std)
+        elif isinstance(module, HagMoeRouter):
+            if module.attention_query is not None:
+                init.normal_(module.attention_query, mean=0.0, std=std)
+            for bias in (module.group_bias, module.expert_bias):
+                if bias is not None:
+                    init.zeros_(bias)
+
+    def _encode(self, *args, **kwargs) -> HagMoeModelOutput:
+        """A head's call of its encoder; router logits come with the choices, which the load balance term needs."""
+        if kwargs.get("output_router_logits", self.config.output_router_logits):
+            kwargs["output_expert_index"] = True
+        return self.model(*args, **kwargs)
+
+    def _aux_loss(self, outputs: HagMoeModelOutput) -> Tensor | None:
+        """The load balance term of this batch, meaned over sparse layers and scaled; None without router logits."""
+        if not outputs.router_logits or outputs.expert_index is None:
+            return None
+        terms = []
+        for router_logits, expert_index in zip(outputs.router_logits, outputs.expert_index, strict=True):
+            num_experts = router_logits.shape[-1]
+            real = expert_index[:, 0] < num_experts
+            load = F.one_hot(expert_index[real], num_experts).float().mean(dim=(0, 1))
+            terms.append(load_balancing_loss(router_logits[real], load, real.sum()))
+        return self.config.router_aux_loss_coef * torch.stack(terms).mean()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -550,14 +588,16 @@ class HagMoeForMaskedLM(HagMoePreTrainedModel):
         **kwargs,
     ) -> HagMoeMaskedLMOutput:
         """Predict tokens; inputs as for [`HagMoeModel`], `labels` is (B, L) int64 with -100 where there is none."""
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
+        loss, aux_loss = None, self._aux_loss(outputs)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss if aux_loss is None else loss + aux_loss
         return HagMoeMaskedLMOutput(
             loss=loss,
             logits=logits,
+            aux_loss=aux_loss,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -589,14 +629,16 @@ class HagMoeForSequenceClassification(HagMoePreTrainedModel):
         **kwargs,
     ) -> HagMoeSequenceClassifierOutput:
         """Classify texts; inputs as for [`HagMoeModel`], `labels` is (B,), or (B, labels) for several at once."""
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None
+        loss, aux_loss = None, self._aux_loss(outputs)
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = loss if aux_loss is None else loss + aux_loss
         return HagMoeSequenceClassifierOutput(
             loss=loss,
             logits=logits,
+            aux_loss=aux_loss,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

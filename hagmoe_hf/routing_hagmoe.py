@@ -17,6 +17,7 @@ class Routing(NamedTuple):
     router_logits: Tensor  # (B*L, E) float32, log-probabilities before top-k: their exp sums to 1 over E
     expert_index: Tensor  # (B*L, K) int64 in [0, E), most probable first; E at padding, meaning "no expert"
     expert_weight: Tensor  # (B*L, K) in the model's dtype; 0 at padding
+    log_partition: Tensor  # (B*L, gates) float32, logsumexp of each gate's raw logits, which the z-loss keeps near 0
 
 
 def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -44,6 +45,8 @@ def route(
     expert_logits: Tensor | None,
     token_mask: Tensor | None,
     *,
+    group_bias: Tensor | None = None,
+    expert_bias: Tensor | None = None,
     topk_group: int,
     top_k: int,
     combine_rule: str,
@@ -53,12 +56,15 @@ def route(
 
     `log P(expert) = log P(group) + log P(expert | group)`. Only the `topk_group` most probable groups stay open, and each
     token takes the `top_k` most probable experts in them (group-limited routing, arXiv 2405.04434). Equal probabilities
-    go to the lowest id. The choice of one sequence never depends on another's.
+    go to the lowest id. Biases shift these choices, and neither weights nor gradients (arXiv 2408.15664). The choice of one
+    sequence never depends on another's.
 
     Args:
         group_logits: (B, L, G), or (B, 1, G) when a sequence chooses for all its tokens; None for one group.
         expert_logits: (B, L, E); None when every group holds one expert, and `group_logits` is then (B, L, G).
         token_mask: (B, L) bool, True at real tokens; None when all are.
+        group_bias: (G,) float32, added to log P(group) for choosing only; None for none.
+        expert_bias: (E,) float32, added to log P(expert) for choosing only; None for none.
         topk_group: Groups that stay open.
         top_k: Experts per token (K).
         combine_rule: "selection", "softmax" or "normalized", see `HagMoeConfig`.
@@ -67,10 +73,15 @@ def route(
     Returns:
         The routing, flattened over sequences and tokens. Logits are float32; both logits given must be, too.
     """
-    log_probs_BLE, group_log_probs = _joint_log_probs(group_logits, expert_logits)
-    scores_BLE = log_probs_BLE
-    if group_log_probs is not None and topk_group < group_log_probs.shape[-1]:
-        scores_BLE = _close_groups(log_probs_BLE, group_log_probs, topk_group)
+    log_probs_BLE, group_log_probs, log_partition_BLX = _joint_log_probs(group_logits, expert_logits)
+    scores_BLE = log_probs_BLE if expert_bias is None else log_probs_BLE + expert_bias
+    if group_log_probs is not None:
+        group_scores = group_log_probs if group_bias is None else group_log_probs + group_bias
+        if group_bias is not None:
+            per_group = log_probs_BLE.shape[-1] // group_bias.shape[0]
+            scores_BLE = scores_BLE + group_bias.repeat_interleave(per_group)
+        if topk_group < group_log_probs.shape[-1]:
+            scores_BLE = _close_groups(scores_BLE, group_scores, topk_group)
     expert_index_BLK = _top_k_lowest_id_first(scores_BLE, top_k)
     weight_BLK = _combine(log_probs_BLE.gather(-1, expert_index_BLK), combine_rule)
 
@@ -82,28 +93,34 @@ def route(
         router_logits=log_probs_BLE.flatten(0, 1),
         expert_index=expert_index_BLK.flatten(0, 1),
         expert_weight=weight_BLK.flatten(0, 1).to(dtype),
+        log_partition=log_partition_BLX.flatten(0, 1),
     )
 
 
-def _joint_log_probs(group_logits: Tensor | None, expert_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(B, L, E) log P(expert), and (B, 1 or L, G) log P(group) where there is more than one group."""
+def _joint_log_probs(group_logits: Tensor | None, expert_logits: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(B, L, E) log P(expert); (B, 1 or L, G) log P(group) where there are groups; (B, L, gates) log-partitions."""
     if group_logits is None:
         if expert_logits is None:
             raise ValueError("group_logits=None and expert_logits=None leave nothing to route by; allowed: one None.")
-        return expert_logits.log_softmax(dim=-1), None
-    group_log_probs = group_logits.log_softmax(dim=-1)
+        log_partition = expert_logits.logsumexp(dim=-1, keepdim=True)
+        return expert_logits - log_partition, None, log_partition
+    group_log_partition = group_logits.logsumexp(dim=-1, keepdim=True)
+    group_log_probs = group_logits - group_log_partition
     if expert_logits is None:  # one expert per group: P(expert | group) is 1
-        return group_log_probs, group_log_probs
-    expert_log_probs_BLGR = expert_logits.unflatten(-1, (group_logits.shape[-1], -1)).log_softmax(dim=-1)
-    return (group_log_probs.unsqueeze(-1) + expert_log_probs_BLGR).flatten(-2), group_log_probs
+        return group_log_probs, group_log_probs, group_log_partition
+    expert_logits_BLGR = expert_logits.unflatten(-1, (group_logits.shape[-1], -1))
+    expert_log_partition_BLG1 = expert_logits_BLGR.logsumexp(dim=-1, keepdim=True)
+    joint_BLE = (group_log_probs.unsqueeze(-1) + (expert_logits_BLGR - expert_log_partition_BLG1)).flatten(-2)
+    group_log_partition = group_log_partition.expand(*expert_logits.shape[:2], 1)
+    return joint_BLE, group_log_probs, torch.cat([group_log_partition, expert_log_partition_BLG1.squeeze(-1)], dim=-1)
 
 
-def _close_groups(log_probs_BLE: Tensor, group_log_probs: Tensor, topk_group: int) -> Tensor:
-    """(B, L, E) log-probabilities with minus infinity for every expert outside the open groups."""
-    open_groups = _top_k_lowest_id_first(group_log_probs, topk_group)  # (B, 1 or L, topk_group)
-    is_open = torch.zeros_like(group_log_probs, dtype=torch.bool).scatter(-1, open_groups, True)
-    log_probs_BLGR = log_probs_BLE.unflatten(-1, (group_log_probs.shape[-1], -1))
-    return log_probs_BLGR.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
+def _close_groups(scores_BLE: Tensor, group_scores: Tensor, topk_group: int) -> Tensor:
+    """(B, L, E) scores with minus infinity for every expert outside the open groups."""
+    open_groups = _top_k_lowest_id_first(group_scores, topk_group)  # (B, 1 or L, topk_group)
+    is_open = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, open_groups, True)
+    scores_BLGR = scores_BLE.unflatten(-1, (group_scores.shape[-1], -1))
+    return scores_BLGR.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def _top_k_lowest_id_first(scores: Tensor, k: int) -> Tensor:
@@ -128,4 +145,37 @@ def _combine(log_prob_BLK: Tensor, combine_rule: str) -> Tensor:
     return (prob_BLK - prob_BLK.detach()) + 1.0 / log_prob_BLK.shape[-1]
 
 
-__all__ = ["Routing", "attention_pool", "route"]
+def load_balancing_loss(router_logits: Tensor, load: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """Load balance term of one sparse layer, E * sum_e load_e * P_e, which is 1 when all is even.
+
+    Linear in the tokens while `load` and `num_tokens` are fixed, so the terms of parts of a batch add up to the whole's.
+
+    Args:
+        router_logits: (tokens, E) float32 log-probabilities of real tokens.
+        load: (E,) float32 share of the choices that each expert took; carries no gradient.
+        num_tokens: Divisor of the probabilities' sum: P_e is their mean where it is the number of tokens.
+
+    Returns:
+        A scalar, float32.
+
+    Source: Switch Transformer, arXiv 2101.03961, equation 4; over the global batch: arXiv 2501.11873.
+    """
+    return load.shape[-1] * (load.detach() * router_logits.exp().sum(dim=0)).sum() / num_tokens
+
+
+def router_z_loss(log_partition: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """Mean squared log-partition of a router's gates, which keeps raw logits small.
+
+    Args:
+        log_partition: (tokens, gates) float32, `Routing.log_partition` of real tokens.
+        num_tokens: Divisor of the sum.
+
+    Returns:
+        A scalar, float32.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5, over every gate of the router.
+    """
+    return log_partition.square().sum() / num_tokens
+
+
+__all__ = ["Routing", "attention_pool", "load_balancing_loss", "route", "router_z_loss"]

@@ -447,5 +447,5 @@ def _load(mixture: HagMoePreTrainedModel, weights: StateDict) -> tuple[tuple[str
     not_routers = [key for key in missing if ".router." not in key]
     if not_routers or unexpected:
         raise ValueError(f"The parent's weights do not fit: without counterpart {unexpected}, not filled {not_routers}.")
-    new = [*missing, *(key for key in weights if key.endswith(".experts.down_proj_bias"))]
-    return tuple((key, mixture.get_parameter(key).numel()) for key in new)
+    new = {*missing, *(key for key in weights if key.endswith(".experts.down_proj_bias"))}
+    return tuple((key, parameter.numel()) for key, parameter in mixture.named_parameters() if key in new)

@@ -1,0 +1,1 @@
+"""Training under stock trainers and stock losses: balance and monitoring of the routers."""
