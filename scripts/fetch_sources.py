@@ -1,6 +1,6 @@
 """Download and unpack the packages that the kit and the pairs are built from (about 200 MB; Debian 12, npm).
 
-    python scripts/fetch_sources.py build/sources
+python scripts/fetch_sources.py build/sources
 """
 
 import argparse

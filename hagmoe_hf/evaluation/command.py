@@ -95,7 +95,8 @@ def _choose(sets: Sequence[KitSet], names: Sequence[str], everything: bool) -> t
     for name in names:
         found = [kit_set for kit_set in sets if name in (kit_set.key, kit_set.kind)]
         if not found and "/" in name:
-            raise ValueError(f"task {name!r} is not possible; allowed: {[kit_set.key for kit_set in sets]}, or a name of mteb.")
+            keys = [kit_set.key for kit_set in sets]
+            raise ValueError(f"task {name!r} is not possible; allowed: one of {keys}, or a name of mteb.")
         chosen.update({kit_set.key: kit_set for kit_set in found})
         if not found:
             hub_names.append(name)
@@ -118,9 +119,7 @@ def _load(names: Sequence[str]) -> list[Candidate]:
     ]
 
 
-def _statistics(
-    candidate: Candidate, sets: Sequence[KitSet], output: Path, batch_size: int
-) -> EmbeddingStatistics | None:
+def _statistics(candidate: Candidate, sets: Sequence[KitSet], output: Path, batch_size: int) -> EmbeddingStatistics | None:
     """The shape of the vectors of the first texts of every set, stored like a score."""
     if candidate.encoder is None or not sets:
         return None

@@ -61,12 +61,11 @@ def items_of(
     if make is None:
         return ()
     parts = []
+    data: Any = task.dataset
     for split, rows in scores.items():
         for row in rows:
-            data = task.dataset
-            assert data is not None  # the caller loaded it
-            data_split = data[row["hf_subset"]] if row["hf_subset"] in data else data
-            parts.append(make(task, row, data_split[split], predictions[row["hf_subset"]][split]))
+            of_subset = data.get(row["hf_subset"], data)
+            parts.append(make(task, row, of_subset[split], predictions[row["hf_subset"]][split]))
     return tuple(parts)
 
 

@@ -35,12 +35,16 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _TEXT = _Rule(_is_text, "a text that is not empty")
-_TEXTS = _Rule(lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)), "a list of 1 or more texts")
+_TEXTS = _Rule(_are_texts, "a list of 1 or more texts")
 _NUMBER = _Rule(_is_number, "a finite number")
 _LABEL = _Rule(lambda value: _is_text(value) or (_is_number(value) and value == int(value)), "a text or an integer")
 _BINARY = _Rule(lambda value: _is_number(value) and value in (0, 1), "0 or 1")
@@ -155,7 +159,8 @@ def _find_set(kind: str, folder: Path, about: Row) -> KitSet:
         wanted = _SCHEMAS[kind]
         missing = [f"{name}.jsonl" for name in wanted if name not in found]
         if missing:
-            raise KitError(f"{folder}: {', '.join(missing)} missing; a {kind} set has {[f'{name}.jsonl' for name in wanted]}.")
+            names = [f"{name}.jsonl" for name in wanted]
+            raise KitError(f"{folder}: {', '.join(missing)} missing; a {kind} set has {names}.")
         files = {name: found[name] for name in wanted}
     rows = _read_set(kind, files)
     languages = tuple(about.get("languages", ())) or (UNDETERMINED,)
@@ -248,7 +253,8 @@ def _check_retrieval(files: Mapping[str, Path], rows: Mapping[str, list[Row]]) -
         for field, name in (("query-id", "queries"), ("corpus-id", "corpus")):
             if row[field] not in lines[name]:
                 raise KitError(
-                    f"{files['qrels']}:{number}: field {field!r}={row[field]!r} is not possible; allowed: an _id of {files[name]}."
+                    f"{files['qrels']}:{number}: field {field!r}={row[field]!r} is not possible; "
+                    f"allowed: an _id of {files[name]}."
                 )
     judged = {row["query-id"] for row in rows["qrels"] if row["score"] > 0}
     for number, row in enumerate(rows["queries"], start=1):
@@ -266,7 +272,8 @@ def _check_classification(files: Mapping[str, Path], rows: Mapping[str, list[Row
     for number, row in enumerate(rows["test"], start=1):
         if row["label"] not in known:
             raise KitError(
-                f"{files['test']}:{number}: field 'label'={row['label']!r} is not possible; allowed: a label of {files['train']}."
+                f"{files['test']}:{number}: field 'label'={row['label']!r} is not possible; "
+                f"allowed: a label of {files['train']}."
             )
 
 
@@ -284,7 +291,10 @@ def _check_bitext(files: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> N
         language = name.split("-")[1]
         for number, row in enumerate(rows[name], start=1):
             if row.get("lang", language) != language:
-                raise KitError(f"{path}:{number}: field 'lang'={row['lang']!r} is not possible; allowed: {language!r}, as in the name.")
+                raise KitError(
+                    f"{path}:{number}: field 'lang'={row['lang']!r} is not possible; "
+                    f"allowed: {language!r}, as in the file's name."
+                )
 
 
 def _no_check(files: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> None:

@@ -164,7 +164,7 @@ def embedding_statistics(vectors: np.ndarray, positives: np.ndarray | None = Non
         norm_mean=float(norms.mean()),
         norm_std=float(norms.std()),
         cosine_mean=float(cosines.mean()),
-        cosine_percentiles={str(p): float(value) for p, value in zip(PERCENTILES, np.percentile(cosines, PERCENTILES), strict=True)},
+        cosine_percentiles={str(p): float(np.percentile(cosines, p)) for p in PERCENTILES},
         uniformity=float(np.log(np.exp(-2 * (2 - 2 * cosines)).mean())),  # |x - y|^2 = 2 - 2 cos on the unit sphere
         alignment=alignment,
         effective_rank=_effective_rank(clean),

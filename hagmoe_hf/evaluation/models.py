@@ -84,8 +84,9 @@ def fingerprint(model: "SentenceTransformer") -> str:
     Args:
         model: Any `SentenceTransformer`.
     """
-    settings: list[Any] = [[type(module).__name__, module.get_config_dict()] for module in model]
-    encoder = getattr(model[0], "model", None)
+    modules: list[Any] = list(model)
+    settings: list[Any] = [[type(module).__name__, module.get_config_dict()] for module in modules]
+    encoder = getattr(modules[0], "model", None)
     if encoder is not None:
         settings.append({key: value for key, value in encoder.config.to_dict().items() if key not in _VOLATILE})
     settings += [model.max_seq_length, model.truncate_dim, model.similarity_fn_name]

@@ -159,8 +159,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += _statistics_table(models)
     if others:
         lines += [
-            f"The last column is {first['label']} minus {others[0]['label']}, paired, with a 95 % bootstrap interval over queries "
-            "and items; **bold** where the interval leaves out 0. Tasks that only one of the two ran are not in it.",
+            f"The last column is {first['label']} minus {others[0]['label']}, paired, with a 95 % bootstrap interval over "
+            "queries and items; **bold** where the interval leaves out 0. Tasks that only one of the two ran are not in it.",
             "",
         ]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -176,7 +176,8 @@ def _table(
     names = list(dict.fromkeys(name for model in models for name in model[key]))
     gaps = models[1]["difference"] if difference and len(models) > 1 else None
     with_metric = key == "tasks"
-    head = [title, *(["metric"] if with_metric else []), *(model["label"] for model in models), *(["difference"] if gaps else [])]
+    head = [title, *(["metric"] if with_metric else []), *(model["label"] for model in models)]
+    head += ["difference"] if gaps else []
     rows = []
     for name in names:
         row = [name]

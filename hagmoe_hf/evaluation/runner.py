@@ -130,13 +130,17 @@ def _score_once(candidate: Candidate, task: AbsTask, output: Path, batch_size: i
 def _read(path: Path) -> TaskScore:
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-        entry["items"] = tuple(
-            Items(**{key: tuple(value) if isinstance(value, list) else value for key, value in part.items()})
-            for part in entry["items"]
-        )
+        entry["items"] = tuple(_read_items(part) for part in entry["items"])
         return TaskScore(**entry)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a score that this version wrote ({error!r}); delete it to have it computed again.") from error
+        raise ValueError(
+            f"{path}: not a score that this version wrote ({error!r}); delete it to have it computed again."
+        ) from error
+
+
+def _read_items(part: Mapping[str, Any]) -> Items:
+    fields: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in part.items()}
+    return Items(**fields)
 
 
 def _run(candidate: Candidate, task: AbsTask, batch_size: int) -> TaskScore:
@@ -177,9 +181,7 @@ def _run(candidate: Candidate, task: AbsTask, batch_size: int) -> TaskScore:
     )
 
 
-def _language_scores(
-    scores: Mapping[str, Sequence[Mapping[str, Any]]], items: Sequence[Items]
-) -> dict[str, float]:
+def _language_scores(scores: Mapping[str, Sequence[Mapping[str, Any]]], items: Sequence[Items]) -> dict[str, float]:
     by_language: dict[str, list[float]] = defaultdict(list)
     grouped = [part for part in items if part.groups]
     for part in grouped:

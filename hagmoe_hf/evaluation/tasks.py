@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .kit import UNDETERMINED, KitSet
+from .kit import UNDETERMINED, UNSTATED, KitSet
 
 try:
     import mteb
@@ -130,7 +130,7 @@ def domain(task: AbsTask) -> str:
     """The domain of a local set, or the first one that mteb states."""
     if isinstance(task, LocalTask):
         return task.kit_set.domain
-    return (task.metadata.domains or ["unstated"])[0].lower()
+    return task.metadata.domains[0].lower() if task.metadata.domains else UNSTATED
 
 
 def display_name(task_name: str) -> str:
@@ -143,8 +143,9 @@ def _bitext_languages(kit_set: KitSet) -> dict[str, list[str]]:
 
 
 def _bitext(kit_set: KitSet) -> dict[str, DatasetDict]:
+    columns = ("sentence1", "sentence2")
     return {
-        name: DatasetDict(test=Dataset.from_list([{"sentence1": row["sentence1"], "sentence2": row["sentence2"]} for row in rows]))
+        name: DatasetDict(test=Dataset.from_list([{column: row[column] for column in columns} for row in rows]))
         for name, rows in kit_set.read().items()
     }
 
@@ -196,9 +197,7 @@ def _reranking(kit_set: KitSet) -> dict[str, dict[str, Any]]:
     for number, row in enumerate(kit_set.read()["test"]):
         query_id = f"q{number}"
         queries[query_id] = row["query"]
-        ids = {
-            text: document_ids.setdefault(text, f"d{len(document_ids)}") for text in (*row["positive"], *row["negative"])
-        }
+        ids = {text: document_ids.setdefault(text, f"d{len(document_ids)}") for text in (*row["positive"], *row["negative"])}
         candidates[query_id] = list(ids.values())
         relevant[query_id] = {ids[text]: int(text in row["positive"]) for text in ids}
     corpus = {document_id: text for text, document_id in document_ids.items()}
@@ -229,7 +228,7 @@ _DATASETS = {
     "retrieval": _retrieval,
     "sts": _sts,
 }
-_BASES = {  # mteb's class, its name for the type, category, main score
+_BASES: dict[str, tuple[Any, Any, Any, str]] = {  # mteb's class, its name for the type, category, main score
     "bitext": (AbsTaskBitextMining, "BitextMining", "t2t", "accuracy"),
     "classification": (AbsTaskClassification, "Classification", "t2c", "accuracy"),
     "clustering": (AbsTaskClustering, "Clustering", "t2c", "v_measure"),

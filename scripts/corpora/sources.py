@@ -30,14 +30,9 @@ DEBIAN = (
     "debian-faq-de", "debian-faq-fr", "debian-faq-it", "debian-faq-nl", "debian-faq-pt", "debian-faq-ru", "git-man",
     "r-doc-html", "r-bioc-go.db", "apache2-doc", "postgresql-doc-15", "linux-doc-6.1", "libssl-doc", "sqlite3-doc",
 )  # fmt: skip
-LANGUAGES = "en de fr es it pt_BR ru ja zh_CN pl nl da fi sv ko uk cs hu".split()
-
-_LEXICOGRAPHERS = """adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body
-noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object
-noun.person noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state
-noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption
-verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative
-verb.weather adj.ppl""".split()
+LANGUAGES = (
+    "en", "de", "fr", "es", "it", "pt_BR", "ru", "ja", "zh_CN", "pl", "nl", "da", "fi", "sv", "ko", "uk", "cs", "hu",
+)  # fmt: skip
 
 
 class Description(NamedTuple):
@@ -53,7 +48,6 @@ class Synset(NamedTuple):
 
     key: str
     part_of_speech: str
-    category: str
     lemmas: list[str]
     gloss: str
     examples: list[str]
@@ -182,7 +176,6 @@ class Sources:
                 yield Synset(
                     key=part[0] + words[0],
                     part_of_speech=part,
-                    category=_LEXICOGRAPHERS[int(words[1])],
                     lemmas=lemmas,
                     gloss=re.split(r';? ?"', gloss.strip())[0].strip(" ;"),
                     examples=[example.strip(' ";') for example in re.findall(r'"([^"]+)"', gloss)],
