@@ -53,7 +53,7 @@ def load(name: str) -> Candidate:
     """
     if name == BM25:
         return _bm25()
-    return candidate(sentence.load(name), Path(name).resolve().name if os.path.isdir(name) else name)
+    return candidate(sentence.load(name), Path(os.path.abspath(name)).name if os.path.isdir(name) else name)
 
 
 def candidate(model: "SentenceTransformer", label: str) -> Candidate:
