@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score
 
 from .items import Items
 from .runner import TaskScore
@@ -108,6 +106,8 @@ def _task_draws(score: TaskScore, against: TaskScore, resamples: int, seed: int)
 
 
 def _draws(items: Items, against: Items, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    from scipy.stats import spearmanr
+
     n = len(items.values)
     if n != len(against.values) or items.gold != against.gold:
         raise ValueError(f"subset {items.subset!r}: {n} and {len(against.values)} items; allowed: the same items for both.")
@@ -130,4 +130,6 @@ def _draws(items: Items, against: Items, resamples: int, rng: np.random.Generato
 
 
 def _average_precision(gold: np.ndarray, values: np.ndarray) -> float:
+    from sklearn.metrics import average_precision_score
+
     return average_precision_score(gold, values) if gold.any() else np.nan

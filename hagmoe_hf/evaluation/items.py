@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pytrec_eval
-from mteb.abstasks import (
+
+from .mteb_api import (
     AbsTask,
     AbsTaskBitextMining,
     AbsTaskClassification,
@@ -14,6 +14,7 @@ from mteb.abstasks import (
     AbsTaskPairClassification,
     AbsTaskRetrieval,
     AbsTaskSTS,
+    pytrec_eval,
 )
 
 Statistic = Literal["mean", "spearman", "average_precision", "resampled_mean"]

@@ -24,7 +24,9 @@ def load_hagmoe(model_name: str, revision: str | None = None, device: str | None
     Raises:
         ImportError: mteb is missing.
     """
-    return _mteb().models.SentenceTransformerEncoderWrapper(model_name, revision=revision, device=device, **kwargs)
+    from .mteb_api import SentenceTransformerEncoderWrapper
+
+    return SentenceTransformerEncoderWrapper(model_name, revision=revision, device=device, **kwargs)
 
 
 def hagmoe_model_meta(
@@ -68,8 +70,7 @@ def hagmoe_model_meta(
         ImportError: mteb is missing.
         ValueError: The model is no HAG-MoE, or mteb does not accept a field.
     """
-    _mteb()
-    from mteb.models.model_meta import ModelMeta, ScoringFunction
+    from .mteb_api import ModelMeta, ScoringFunction
 
     config = encoder_of(model).config
     if not isinstance(config, HagMoeConfig):
@@ -104,11 +105,3 @@ def hagmoe_model_meta(
         model_type=["dense"],
         citation=citation,
     )
-
-
-def _mteb() -> Any:
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError("Evaluation needs mteb: pip install hagmoe_hf[eval]") from error
-    return mteb

@@ -66,11 +66,12 @@ def candidate(model: "SentenceTransformer", label: str) -> Candidate:
     Raises:
         ImportError: mteb is missing.
     """
-    mteb = _mteb()
+    from .mteb_api import SentenceTransformerEncoderWrapper
+
     key = fingerprint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # mteb calls methods that sentence-transformers has renamed
-        wrapped = mteb.models.SentenceTransformerEncoderWrapper(model)
+        wrapped = SentenceTransformerEncoderWrapper(model)
     name = label if label.count("/") == 1 else f"local/{label.replace('/', '-')}"
     wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update={"name": name, "revision": key})
     return Candidate(label, key, wrapped, model)
@@ -107,7 +108,8 @@ def _tokenizer_settings(tokenizer: Any) -> Any:
 
 
 def _bm25() -> Candidate:
-    mteb = _mteb()
+    from .mteb_api import mteb
+
     try:
         import bm25s
         import Stemmer  # noqa: F401
@@ -116,11 +118,3 @@ def _bm25() -> Candidate:
     model = mteb.get_model(_BM25_IN_MTEB)
     identity = f"{_BM25_IN_MTEB} {model.mteb_model_meta.revision} bm25s {bm25s.__version__}"
     return Candidate(BM25, hashlib.sha256(identity.encode()).hexdigest(), model, None)
-
-
-def _mteb() -> Any:
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError("Evaluation needs mteb: pip install hagmoe_hf[eval]") from error
-    return mteb

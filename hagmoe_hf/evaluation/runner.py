@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mteb
 import numpy as np
-from mteb.abstasks import AbsTask, AbsTaskRetrieval
-from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from tqdm.auto import tqdm
 
 from .items import Items, items_of
 from .models import Candidate
+from .mteb_api import AbsTask, AbsTaskAggregate, AbsTaskRetrieval, mteb
 from .tasks import CODES, domain
 
 _ENGLISH = "eng-Latn"

@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from .kit import UNDETERMINED, UNSTATED, KitSet
-
-try:
-    import mteb
-    from datasets import Dataset, DatasetDict
-    from mteb import TaskMetadata
-    from mteb.abstasks import (
-        AbsTask,
-        AbsTaskBitextMining,
-        AbsTaskClassification,
-        AbsTaskClustering,
-        AbsTaskPairClassification,
-        AbsTaskRetrieval,
-        AbsTaskSTS,
-    )
-    from mteb.abstasks.text.reranking import AbsTaskReranking
-except ImportError as error:
-    raise ImportError("Evaluation needs mteb: pip install hagmoe_hf[eval]") from error
+from .mteb_api import (
+    AbsTask,
+    AbsTaskBitextMining,
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskPairClassification,
+    AbsTaskReranking,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+    Dataset,
+    DatasetDict,
+    TaskMetadata,
+    mteb,
+)
 
 # What mteb calls the languages that people write as two letters; anything else is written as mteb does, like "eng-Latn".
 LANGUAGES = {
