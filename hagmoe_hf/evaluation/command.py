@@ -120,13 +120,15 @@ def _load(names: Sequence[str]) -> list[Candidate]:
 
 
 def _statistics(candidate: Candidate, sets: Sequence[KitSet], output: Path, batch_size: int) -> EmbeddingStatistics | None:
-    """The shape of the vectors of the first texts of every set, stored like a score."""
+    """The shape of the vectors of every set's first pairs, stored like a score; None where no set has pairs."""
     if candidate.encoder is None or not sets:
         return None
     path = output / "scores" / candidate.fingerprint[:16] / f"statistics-{kit_fingerprint(sets)[:16]}.json"
     if path.is_file():
         return EmbeddingStatistics(**json.loads(path.read_text(encoding="utf-8")))
     pairs = [pair for kit_set in sets for pair in _pairs(kit_set)[:TEXTS_PER_SET]]
+    if not pairs:
+        return None
     vectors, positives = (
         np.asarray(candidate.encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False))
         for texts in zip(*pairs, strict=True)

@@ -29,7 +29,7 @@ class ModelReport:
         label: What tables call it.
         fingerprint: SHA-256 of what decides its vectors.
         scores: Task name -> score.
-        statistics: Shape of its vectors on a sample of the kit's texts; None for BM25 and without a kit.
+        statistics: Shape of its vectors on a sample of the kit's pairs; None for BM25, and where no set has pairs.
         comparison: The evaluated model against this one; None for the evaluated model itself.
     """
 
