@@ -34,9 +34,10 @@ BITEXT_LANGUAGES = (
 MOST_PER_LANGUAGE = 7000  # software-bitext: the large translations would drown the small ones
 PYTHON_LICENCES = {
     "torch": "BSD-3", "numpy": "BSD-3", "scipy": "BSD-3", "sklearn": "BSD-3", "pandas": "BSD-3",
-    "transformers": "Apache-2.0", "networkx": "BSD-3", "sympy": "BSD-3", "polars": "MIT", "pyarrow": "Apache-2.0", "datasets": "Apache-2.0",
-    "sentence_transformers": "Apache-2.0", "huggingface_hub": "Apache-2.0", "aiohttp": "Apache-2.0", "narwhals": "MIT",
-    "joblib": "BSD-3", "accelerate": "Apache-2.0", "tokenizers": "Apache-2.0", "pydantic": "MIT", "setuptools": "MIT",
+    "transformers": "Apache-2.0", "networkx": "BSD-3", "sympy": "BSD-3", "polars": "MIT", "pyarrow": "Apache-2.0",
+    "datasets": "Apache-2.0", "sentence_transformers": "Apache-2.0", "huggingface_hub": "Apache-2.0",
+    "aiohttp": "Apache-2.0", "narwhals": "MIT", "joblib": "BSD-3", "accelerate": "Apache-2.0",
+    "tokenizers": "Apache-2.0", "pydantic": "MIT", "setuptools": "MIT",
 }  # fmt: skip
 MANUALS = {
     "manpages": "en", "manpages-dev": "en", "git-man": "en", "libssl-doc": "en", "perl-doc": "en", "manpages-de": "de",
