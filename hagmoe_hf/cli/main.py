@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .. import demo as demo_room
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
+from . import evaluate as evaluate_verb
 
 app = typer.Typer(
     help="HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors.",
@@ -92,6 +93,9 @@ def demo(
     difference = demo_room.run(out)
     if difference > demo_room.LARGEST_DIFFERENCE:
         raise typer.Exit(1)
+
+
+app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
 
 
 def main() -> None:
