@@ -81,6 +81,7 @@ class HagMoeConfig(PreTrainedConfig):
         attention_bias (`bool`): Whether the attention projections have biases.
         mlp_bias (`bool`): Whether feed-forward blocks and experts have biases.
         norm_bias (`bool`): Whether layer norms have biases.
+        has_pooler (`bool`): Whether the bare encoder has a pooler; a head over it brings its own.
         classifier_dropout (`float`, *optional*): Dropout before a classifier; `hidden_dropout_prob` where None.
         classifier_head (`str`): What lies before a classifier. "pooler": a dense layer and tanh on a text's first token
             (BERT); "transform": a dense layer, activation and norm on every state that is classified (ModernBERT).
@@ -136,6 +137,7 @@ class HagMoeConfig(PreTrainedConfig):
     attention_bias: bool = True
     mlp_bias: bool = True
     norm_bias: bool = True
+    has_pooler: bool = True
     classifier_dropout: float | int | None = None
     classifier_head: Literal["pooler", "transform"] = "pooler"
     classifier_pooling: Literal["cls", "mean"] = "cls"
@@ -351,15 +353,16 @@ class HagMoeConfig(PreTrainedConfig):
             f"a multiple of {WIDTH_MULTIPLE} in a model with sparse layers",
         )
 
-    def parameter_counts(self, add_pooling_layer: bool = True) -> ParameterCounts:
+    def parameter_counts(self, add_pooling_layer: bool | None = None) -> ParameterCounts:
         """Count the parameters of `HagMoeModel(self, add_pooling_layer)` without building it.
 
         Args:
-            add_pooling_layer: Whether the model has a pooler.
+            add_pooling_layer: Whether the model has a pooler; `has_pooler` where None.
 
         Returns:
             Total, active and embedding parameters; a test asserts them equal to the built model's.
         """
+        has_pooler = self.has_pooler if add_pooling_layer is None else add_pooling_layer
         D, E, G = self.hidden_size, self.num_experts, self.n_group
         positions = self.max_position_embeddings if self.position_embedding_type == "absolute" else 0
         embedding = (self.vocab_size + positions + self.type_vocab_size) * D
@@ -380,7 +383,7 @@ class HagMoeConfig(PreTrainedConfig):
         # Two norms per layer and one after the embeddings; "pre" swaps the first of them all for one after the last layer
         norms = (2 * self.num_hidden_layers + 1) * norm
         fixed = embedding + norms + self.num_hidden_layers * attention + n_dense * mlp(self.intermediate_size)
-        fixed += n_sparse * (shared + router) + add_pooling_layer * (D * D + D)
+        fixed += n_sparse * (shared + router) + has_pooler * (D * D + D)
         return ParameterCounts(
             total=fixed + n_sparse * E * expert,
             active=fixed + n_sparse * self.num_experts_per_tok * expert,

@@ -390,7 +390,7 @@ class HagMoeExperts(nn.Module):
         for expert, (up, up_bias, down, down_bias) in enumerate(zip(*stacks, strict=True)):
             token, slot = torch.where(top_k_index == expert)
             inner = F.linear(hidden_states[token], up, up_bias)
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)  # type: ignore[operator]
             expert_output = F.linear(inner, down, down_bias)
             expert_output = expert_output * top_k_weights[token, slot].unsqueeze(-1)
             output.index_add_(0, token, expert_output.to(output.dtype))
@@ -558,13 +558,14 @@ def refuse_non_finite(model: nn.Module, source: str) -> None:
 class HagMoeModel(HagMoePreTrainedModel):
     """The encoder: embeddings, layers with dense or sparse feed-forward blocks, and a pooler."""
 
-    def __init__(self, config: HagMoeConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: HagMoeConfig, add_pooling_layer: bool | None = None):
         super().__init__(config)
         self.embeddings = HagMoeEmbeddings(config)
         self.rotary_emb = HagMoeRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.layers = nn.ModuleList(HagMoeLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm = HagMoeLayerNorm(config) if config.norm_placement == "pre" else None
-        self.pooler = HagMoePooler(config) if add_pooling_layer else None
+        has_pooler = config.has_pooler if add_pooling_layer is None else add_pooling_layer
+        self.pooler = HagMoePooler(config) if has_pooler else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -616,14 +617,18 @@ class HagMoeModel(HagMoePreTrainedModel):
 
         packing = find_packing(texts, attention_mask, position_ids, kwargs)
         token_mask = None if attention_mask is None else attention_mask.to(texts.device) != 0
-        if position_ids is None:
-            position_ids = _positions_from_first_real_token(token_mask, texts) if packing is None else packing.positions()
-        self._check_positions(position_ids)
+        if position_ids is not None:
+            positions: Tensor = position_ids
+        elif packing is not None:
+            positions = packing.positions()
+        else:
+            positions = _positions_from_first_real_token(token_mask, texts)
+        self._check_positions(positions)
         word_states = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         token_types = _zeros(texts) if token_type_ids is None else token_type_ids
-        hidden_states = self.embeddings(word_states, token_types, position_ids)
+        hidden_states = self.embeddings(word_states, token_types, positions)
 
-        rotations = {} if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        rotations = {} if self.rotary_emb is None else self.rotary_emb(hidden_states, positions)
         layer_masks = self._layer_masks(hidden_states, attention_mask, packing)
         flash_kwargs = {} if packing is None else self._flash_kwargs(packing, kwargs)
         for layer in self.layers:
@@ -1025,7 +1030,9 @@ class HagMoeForMultipleChoice(HagMoePreTrainedModel):
         outputs = self.model(*flat_inputs, **kwargs)
         pooled = _pooled_for_classifier(self, outputs, flat_inputs[1], flat_inputs[3], kwargs)
         logits = self.classifier(self.dropout(pooled)).view(texts.shape[:2])
-        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device))
+        loss = None
+        if labels is not None:
+            loss = cast(torch.FloatTensor, F.cross_entropy(logits, labels.to(logits.device)))
         return HagMoeMultipleChoiceOutput(
             loss=loss,
             logits=logits,
