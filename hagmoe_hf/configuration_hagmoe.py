@@ -1,14 +1,18 @@
 """The numbers of a HAG-MoE: its shape, its mixture, their validation, and how many parameters that makes.
 
+The shape switches cover the encoder families people run: BERT (the defaults), RoBERTa, ModernBERT and NomicBERT.
+
 This file travels to the Hub beside the weights, so it imports nothing but transformers.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+# Kinds of rotary positions whose frequencies do not depend on how long the other texts of a batch are
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 WIDTH_MULTIPLE = 8  # grouped matrix products need rows of 16 bytes: 8 numbers of two bytes each
 
 
@@ -59,11 +63,33 @@ class HagMoeConfig(PreTrainedConfig):
         hidden_act (`str`): Activation of every feed-forward block and expert, a key of `transformers.activations.ACT2FN`.
         hidden_dropout_prob (`float`): Dropout after embeddings, attention and feed-forward blocks, in [0, 1].
         attention_probs_dropout_prob (`float`): Dropout of attention weights, in [0, 1].
-        max_position_embeddings (`int`): Longest text in tokens.
-        type_vocab_size (`int`): Number of token types.
+        embedding_dropout (`float`, *optional*): Dropout after the embeddings; `hidden_dropout_prob` where None.
+        mlp_dropout (`float`, *optional*): Dropout after feed-forward blocks; `hidden_dropout_prob` where None.
+        max_position_embeddings (`int`): Rows of the position table; a hint where positions are rotary.
+        type_vocab_size (`int`): Number of token types, 0 for none.
         initializer_range (`float`): Standard deviation of new weights.
         layer_norm_eps (`float`): Epsilon of the layer norms.
+        position_embedding_type (`str`): "absolute" (a learned table) or "rope" (queries and keys are rotated).
+        position_offset (`int`): Row of the position table that a text's first token takes; RoBERTa's is its padding id + 1.
+        rope_parameters (`dict`, *optional*): Rotary parameters as transformers has them, for all layers or for each of
+            `layer_types`; only with "rope". The types "default", "linear", "llama3" and "yarn" are possible.
+        layer_types (`list[str]`, *optional*): "full_attention" or "sliding_attention" for each layer; all full where None.
+        sliding_window (`int`, *optional*): How many tokens to each side a token of a sliding layer sees.
+        norm_placement (`str`): "post" (after each residual sum, BERT) or "pre" (before each block, none before the first
+            attention, and one after the last layer: ModernBERT).
+        gated_mlp (`bool`): Whether feed-forward blocks and experts are gated, `down(act(gate(x)) * up(x))`.
+        attention_bias (`bool`): Whether the attention projections have biases.
+        mlp_bias (`bool`): Whether feed-forward blocks and experts have biases.
+        norm_bias (`bool`): Whether layer norms have biases.
+        has_pooler (`bool`): Whether the bare encoder has a pooler; a head over it brings its own.
         classifier_dropout (`float`, *optional*): Dropout before a classifier; `hidden_dropout_prob` where None.
+        classifier_head (`str`): What lies before a classifier. "pooler": a dense layer and tanh on a text's first token
+            (BERT); "transform": a dense layer, activation and norm on every state that is classified (ModernBERT).
+        classifier_pooling (`str`): The state of a text that "transform" classifies: "cls" (its first token's) or "mean".
+        classifier_activation (`str`, *optional*): Activation of "transform" and of the masked-LM head; `hidden_act` where
+            None.
+        classifier_bias (`bool`): Whether the dense layer of "transform" and of the masked-LM head has a bias.
+        decoder_bias (`bool`): Whether the masked-LM decoder has a bias.
         mlp_layer_types (`list[str]`, *optional*): "dense" or "sparse" for each layer; every second layer where None.
         num_experts (`int`): Routed experts E of a sparse layer, over all groups; at least 2.
         num_experts_per_tok (`int`): Routed experts K that each token passes.
@@ -100,7 +126,25 @@ class HagMoeConfig(PreTrainedConfig):
     type_vocab_size: int = 2
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-12
+    embedding_dropout: float | int | None = None
+    mlp_dropout: float | int | None = None
+    position_embedding_type: Literal["absolute", "rope"] = "absolute"
+    position_offset: int = 0
+    rope_parameters: dict[str, Any] | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    norm_placement: Literal["post", "pre"] = "post"
+    gated_mlp: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    has_pooler: bool = True
     classifier_dropout: float | int | None = None
+    classifier_head: Literal["pooler", "transform"] = "pooler"
+    classifier_pooling: Literal["cls", "mean"] = "cls"
+    classifier_activation: str | None = None
+    classifier_bias: bool = True
+    decoder_bias: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -121,11 +165,35 @@ class HagMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.mlp_layer_types is None:
             self.mlp_layer_types = default_mlp_layer_types(self.num_hidden_layers)
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.shared_expert_intermediate_size is None:
             self.shared_expert_intermediate_size = default_shared_expert_width(self.intermediate_size)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size - self.shared_expert_intermediate_size
         super().__post_init__(**kwargs)
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """Give every layer type its own rotary parameters; called by transformers whenever a config is made."""
+        if self.position_embedding_type == "absolute":
+            return kwargs
+        given = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        theta = kwargs.pop("rope_theta", self.default_theta)
+        kinds = sorted(set(self.layer_types or []))
+        shared_by_all = not self.nested_rope_parameter_keys(given)
+        nested = {kind: dict((given if shared_by_all else given.get(kind)) or {}) for kind in kinds}
+        for parameters in nested.values():
+            parameters.setdefault("rope_theta", theta)
+        self.rope_parameters = nested
+        self.standardize_rope_params()
+        return kwargs
+
+    @property
+    def max_text_length(self) -> int | None:
+        """Longest text in tokens that positions exist for; None where they are rotary and have no end."""
+        if self.position_embedding_type == "rope":
+            return None
+        return self.max_position_embeddings - self.position_offset
 
     @property
     def sparse_layers(self) -> list[int]:
@@ -146,33 +214,92 @@ class HagMoeConfig(PreTrainedConfig):
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
-            "type_vocab_size",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require(self.type_vocab_size >= 0, "type_vocab_size", self.type_vocab_size, "an integer of at least 0")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             "hidden_size",
             self.hidden_size,
             f"a multiple of num_attention_heads={self.num_attention_heads}",
         )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        for name in (
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "classifier_dropout",
+            "embedding_dropout",
+            "mlp_dropout",
+        ):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, value, "a probability between 0 and 1")
         for name in ("initializer_range", "layer_norm_eps", "router_aux_loss_coef"):
             value = getattr(self, name)
             _require(0 <= value < float("inf"), name, value, "a finite number, 0 or more")
-        _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, f"one of {sorted(ACT2FN)}")
+        for name in ("hidden_act", "classifier_activation"):
+            value = getattr(self, name)
+            _require(value is None or value in ACT2FN, name, value, f"one of {sorted(ACT2FN)}")
+
+    def validate_layer_type(self):
+        """One word for each layer; in place of transformers' own check, which does not say what was given."""
+        kinds = {"layer_types": ("full_attention", "sliding_attention"), "mlp_layer_types": ("dense", "sparse")}
+        for name, words in kinds.items():
+            value = getattr(self, name) or []
+            _require(
+                len(value) == self.num_hidden_layers and set(value) <= set(words),
+                name,
+                getattr(self, name),
+                f"a list of num_hidden_layers={self.num_hidden_layers} entries, each {words[0]!r} or {words[1]!r}",
+            )
+
+    def validate_shape(self):
+        """Positions, attention layers and heads that fit together."""
+        rope = self.position_embedding_type == "rope"
+        _require(
+            rope or self.rope_parameters is None,
+            "rope_parameters",
+            self.rope_parameters,
+            "None with position_embedding_type='absolute'",
+        )
+        highest = 0 if rope else self.max_position_embeddings - 1
+        _require(
+            0 <= self.position_offset <= highest,
+            "position_offset",
+            self.position_offset,
+            f"between 0 and {highest} with position_embedding_type={self.position_embedding_type!r} and "
+            f"max_position_embeddings={self.max_position_embeddings}",
+        )
+        head_width = self.hidden_size // max(self.num_attention_heads, 1)
+        _require(
+            not rope or head_width % 2 == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"a number that leaves heads of even width with position_embedding_type='rope' (hidden_size="
+            f"{self.hidden_size} gives {head_width})",
+        )
+        for kind, parameters in (self.rope_parameters or {}).items():
+            rope_type = parameters.get("rope_type")
+            _require(
+                rope_type in STATIC_ROPE_TYPES and parameters.get("partial_rotary_factor", 1.0) == 1.0,
+                "rope_parameters",
+                {kind: parameters},
+                f"a rope_type of {STATIC_ROPE_TYPES} on whole heads: others make a text's vector depend on its batch",
+            )
+        slides = "sliding_attention" in (self.layer_types or [])
+        _require(
+            (self.sliding_window is None and not slides) or (self.sliding_window or 0) >= 1,
+            "sliding_window",
+            self.sliding_window,
+            "an integer of at least 1" + ("" if slides else ", or None"),
+        )
+        _require(
+            self.classifier_head == "transform" or self.classifier_pooling == "cls",
+            "classifier_pooling",
+            self.classifier_pooling,
+            "'cls' with classifier_head='pooler'",
+        )
 
     def validate_mixture(self):
-        """Layers, experts, groups and widths that fit together."""
-        layer_types = self.mlp_layer_types or []
-        allowed = f"a list of num_hidden_layers={self.num_hidden_layers} entries, each 'dense' or 'sparse'"
-        _require(
-            len(layer_types) == self.num_hidden_layers and set(layer_types) <= {"dense", "sparse"},
-            "mlp_layer_types",
-            self.mlp_layer_types,
-            allowed,
-        )
+        """Experts, groups and widths that fit together."""
         _require(self.num_experts >= 2, "num_experts", self.num_experts, "at least 2: one expert leaves nothing to route")
         _require(
             self.n_group >= 1 and self.num_experts % self.n_group == 0,
@@ -228,31 +355,37 @@ class HagMoeConfig(PreTrainedConfig):
             f"a multiple of {WIDTH_MULTIPLE} in a model with sparse layers",
         )
 
-    def parameter_counts(self, add_pooling_layer: bool = True) -> ParameterCounts:
+    def parameter_counts(self, add_pooling_layer: bool | None = None) -> ParameterCounts:
         """Count the parameters of `HagMoeModel(self, add_pooling_layer)` without building it.
 
         Args:
-            add_pooling_layer: Whether the model has a pooler.
+            add_pooling_layer: Whether the model has a pooler; `has_pooler` where None.
 
         Returns:
             Total, active and embedding parameters; a test asserts them equal to the built model's.
         """
+        has_pooler = self.has_pooler if add_pooling_layer is None else add_pooling_layer
         D, E, G = self.hidden_size, self.num_experts, self.n_group
-        embedding = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * D
+        positions = self.max_position_embeddings if self.position_embedding_type == "absolute" else 0
+        embedding = (self.vocab_size + positions + self.type_vocab_size) * D
 
         def mlp(width: int | None) -> int:
-            return (2 * D + 1) * (width or 0) + D
+            inner = (width or 0) * (2 if self.gated_mlp else 1)
+            return inner * D + (width or 0) * D + self.mlp_bias * (inner + D)
 
         expert = mlp(self.moe_intermediate_size)
         shared = mlp(self.shared_expert_intermediate_size)  # without a shared expert: the block's output bias alone
         groups_by_sequence = G > 1 and self.group_routing == "sequence"
         router = D * groups_by_sequence + D * G * (G > 1) + D * E * (E > G)
-        attention_and_norms = 4 * (D * D + D) + 2 * 2 * D
+        norm = D * (1 + self.norm_bias)
+        attention = 4 * (D * D + self.attention_bias * D)
 
         n_sparse = len(self.sparse_layers)
         n_dense = self.num_hidden_layers - n_sparse
-        fixed = embedding + 2 * D + self.num_hidden_layers * attention_and_norms + n_dense * mlp(self.intermediate_size)
-        fixed += n_sparse * (shared + router) + add_pooling_layer * (D * D + D)
+        # Two norms per layer and one after the embeddings; "pre" swaps the first of them all for one after the last layer
+        norms = (2 * self.num_hidden_layers + 1) * norm
+        fixed = embedding + norms + self.num_hidden_layers * attention + n_dense * mlp(self.intermediate_size)
+        fixed += n_sparse * (shared + router) + has_pooler * (D * D + D)
         return ParameterCounts(
             total=fixed + n_sparse * E * expert,
             active=fixed + n_sparse * self.num_experts_per_tok * expert,

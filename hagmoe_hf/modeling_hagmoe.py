@@ -5,6 +5,7 @@ always brings) and its two siblings.
 transformers looks for `@use_experts_implementation` in the source of the model's own file: the experts must stay here.
 
 Axes:  B sequences   L tokens   D hidden_size   G groups   E experts   K experts per token   I moe_intermediate_size
+       S sequences of a packed batch, which lie one after the other in the rows of (B, L)
 """
 
 from collections.abc import Callable, Iterator
@@ -20,17 +21,27 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple, maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import (
+    can_return_tuple,
+    is_flash_attention_requested,
+    maybe_autocast,
+    merge_with_config_defaults,
+)
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hagmoe import HagMoeConfig
-from .routing_hagmoe import Routing, attention_pool, load_balancing_loss, route
-
-PACKED_INPUT_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+from .routing_hagmoe import Packing, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
 
 
 @dataclass
@@ -39,7 +50,8 @@ class HagMoeModelOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, L, D).
-        pooler_output: (B, D), the first token's state through a dense layer and tanh; None without a pooler.
+        pooler_output: (B, D), (S, D) for packed input: the state of each text's first token through a dense layer and
+            tanh; None without a pooler.
         hidden_states: On request, (B, L, D) after the embeddings and after each layer.
         attentions: On request, (B, heads, L, L) for each layer.
         router_logits: On request, (B*L, E) float32 for each sparse layer: log P(expert) before top-k.
@@ -80,22 +92,124 @@ class HagMoeSequenceClassifierOutput(ModelOutput):
     expert_index: tuple[torch.LongTensor, ...] | None = None
 
 
+@dataclass
+class HagMoeTokenClassifierOutput(ModelOutput):
+    """What a [`HagMoeForTokenClassification`] returns: `loss` (with labels), `logits` (B, L, labels), and the rest."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_index: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class HagMoeQuestionAnsweringOutput(ModelOutput):
+    """What a [`HagMoeForQuestionAnswering`] returns: `loss` (with labels), both logits (B, L), and the rest."""
+
+    loss: torch.FloatTensor | None = None
+    start_logits: torch.FloatTensor | None = None
+    end_logits: torch.FloatTensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_index: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class HagMoeMultipleChoiceOutput(ModelOutput):
+    """What a [`HagMoeForMultipleChoice`] returns: `loss` (with labels), `logits` (B, choices), and the rest."""
+
+    loss: Tensor | None = None
+    logits: torch.FloatTensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_index: tuple[torch.LongTensor, ...] | None = None
+
+
+class HagMoeLayerNorm(nn.LayerNorm):
+    """A layer norm with the config's epsilon, and a bias where the config wants one."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+
 class HagMoeEmbeddings(nn.Module):
-    """Word, token type and learned position embeddings, summed and normed."""
+    """Word, token type and learned position embeddings, as far as the config has them, summed and normed."""
 
     def __init__(self, config: HagMoeConfig):
         super().__init__()
+        self.position_offset = config.position_offset
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_embeddings = self.token_type_embeddings = None
+        if config.position_embedding_type == "absolute":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = HagMoeLayerNorm(config)
+        dropout = config.hidden_dropout_prob if config.embedding_dropout is None else config.embedding_dropout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs_embeds: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(B, L, D) word embeddings -> (B, L, D) input of the first layer."""
-        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
-        embeddings = embeddings + self.position_embeddings(position_ids)
+        """(B, L, D) word embeddings -> (B, L, D) input of the first layer; positions count from 0 in each text."""
+        embeddings = inputs_embeds
+        if self.token_type_embeddings is not None:
+            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self.position_embeddings(position_ids + self.position_offset)
         return self.dropout(self.norm(embeddings))
+
+
+class HagMoeRotaryEmbedding(nn.Module):
+    """Rotary positions (arXiv 2104.09864), one set of frequencies for each type of attention layer."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__()
+        self.config = config
+        self.attention_scaling = {}
+        for layer_type in config.rope_parameters or {}:
+            frequencies, self.attention_scaling[layer_type] = self.frequencies(layer_type)
+            self.register_buffer(f"{layer_type}_inv_freq", frequencies, persistent=False)
+
+    def frequencies(self, layer_type: str) -> tuple[Tensor, float]:
+        """Inverse frequencies (head_dim / 2,) float32 of a layer type, and the factor on its cosines and sines."""
+        parameters = cast(dict, self.config.rope_parameters)[layer_type]
+        if parameters["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, layer_type=layer_type)
+        width = self.config.hidden_size // self.config.num_attention_heads
+        return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)), 1.0
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but stay float32: in bfloat16 a late position would be off by whole radians."""
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != torch.float32 and not buffer.is_meta:
+                frequencies, _ = self.frequencies(name.removesuffix("_inv_freq"))
+                setattr(self, name, frequencies.to(buffer.device))
+        return self
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Positions (1 or B, L) -> for each layer type cosines and sines (1 or B, 1, L, head_dim) in the states' dtype."""
+        rotations = {}
+        with torch.no_grad(), maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            for layer_type, scaling in self.attention_scaling.items():
+                angles = position_ids.unsqueeze(-1).float() * self.get_buffer(f"{layer_type}_inv_freq").float()
+                angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+                cosines, sines = angles.cos() * scaling, angles.sin() * scaling
+                rotations[layer_type] = (cosines.to(hidden_states.dtype), sines.to(hidden_states.dtype))
+        return rotations
+
+
+def rotate(states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the halves of (B, heads, L, head_dim) queries or keys against each other, in float32 as ModernBERT does."""
+    cosines, sines = rotation
+    first, second = states.float().chunk(2, dim=-1)
+    return (states.float() * cosines + torch.cat((-second, first), dim=-1) * sines).to(states.dtype)
 
 
 def eager_attention_forward(
@@ -119,29 +233,49 @@ def eager_attention_forward(
 class HagMoeAttention(nn.Module):
     """Bidirectional multi-head self-attention through the attention function that the config names."""
 
-    def __init__(self, config: HagMoeConfig):
+    def __init__(self, config: HagMoeConfig, layer_type: str):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # Flash attention counts the token itself, the masks of the other functions do not
+        slides = layer_type == "sliding_attention"
+        self.sliding_window = cast(int, config.sliding_window) + 1 if slides else None
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        **flash_kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, where the attention function computes them, weights (B, heads, L, L)."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        output, weights = attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(output.reshape(hidden_states.shape)), weights
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **flash_kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class HagMoeMLP(nn.Module):
@@ -149,12 +283,19 @@ class HagMoeMLP(nn.Module):
 
     def __init__(self, config: HagMoeConfig, intermediate_size: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.is_gated = config.gated_mlp
+        if self.is_gated:
+            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=config.mlp_bias)
+        else:
+            self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        if self.is_gated:
+            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            return self.down_proj(self.act_fn(gate) * up)
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
@@ -188,14 +329,14 @@ class HagMoeRouter(nn.Module):
         if has_choice:
             self.expert_gate = HagMoeGate(config.hidden_size, config.num_experts, bias=False)
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> Routing:
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None = None) -> Routing:
         """Route (B, L, D) hidden states; `token_mask` (B, L) bool is True at real tokens, None when all are."""
         config = self.config
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             states = hidden_states.float()
             group_logits = expert_logits = None
             if self.group_gate is not None:
-                group_logits = self.group_gate(self._group_input(states, token_mask))
+                group_logits = self.group_gate(self._group_input(states, token_mask, packing))
             if self.expert_gate is not None:
                 expert_logits = self.expert_gate(states)
             elif group_logits is not None:
@@ -212,10 +353,15 @@ class HagMoeRouter(nn.Module):
                 dtype=hidden_states.dtype,
             )
 
-    def _group_input(self, states: Tensor, token_mask: Tensor | None) -> Tensor:
-        """What the group gate sees: (B, 1, D), one summary for the sequence, or (B, L, D), each token itself."""
+    def _group_input(self, states: Tensor, token_mask: Tensor | None, packing: Packing | None) -> Tensor:
+        """What the group gate sees: (B, 1, D), one summary for the sequence, or (B, L, D), each token itself.
+
+        In packed input, too, a token stands for itself, or for its own sequence's summary.
+        """
         if self.attention_query is None:
             return states
+        if packing is not None:
+            return attention_pool_packed(states, self.attention_query.float(), packing)
         return attention_pool(states, self.attention_query.float(), token_mask).unsqueeze(1)
 
 
@@ -227,10 +373,13 @@ class HagMoeExperts(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         width = cast(int, config.moe_intermediate_size)
-        self.up_proj = nn.Parameter(torch.empty(config.num_experts, width, config.hidden_size))
-        self.up_proj_bias = nn.Parameter(torch.empty(config.num_experts, width))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
-        self.down_proj_bias = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.up_name = "gate_up_proj" if config.gated_mlp else "up_proj"
+        up_width = 2 * width if config.gated_mlp else width
+        stacks = {self.up_name: (up_width, config.hidden_size), f"{self.up_name}_bias": (up_width,)}
+        stacks |= {"down_proj": (config.hidden_size, width), "down_proj_bias": (config.hidden_size,)}
+        for name, shape in stacks.items():
+            if config.mlp_bias or not name.endswith("_bias"):
+                self.register_parameter(name, nn.Parameter(torch.empty(config.num_experts, *shape)))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -248,10 +397,14 @@ class HagMoeExperts(nn.Module):
             (B*L, D), the weighted sum over each token's experts.
         """
         output = torch.zeros_like(hidden_states)
-        stacks = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
-        for expert, (up, up_bias, down, down_bias) in enumerate(zip(*(stack.unbind(0) for stack in stacks), strict=True)):
+        names = (self.up_name, f"{self.up_name}_bias", "down_proj", "down_proj_bias")
+        no_bias = (None,) * self.num_experts
+        stacks = (getattr(self, name).unbind(0) if hasattr(self, name) else no_bias for name in names)
+        for expert, (up, up_bias, down, down_bias) in enumerate(zip(*stacks, strict=True)):
             token, slot = torch.where(top_k_index == expert)
-            expert_output = F.linear(self.act_fn(F.linear(hidden_states[token], up, up_bias)), down, down_bias)
+            inner = F.linear(hidden_states[token], up, up_bias)
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)  # type: ignore[operator]
+            expert_output = F.linear(inner, down, down_bias)
             expert_output = expert_output * top_k_weights[token, slot].unsqueeze(-1)
             output.index_add_(0, token, expert_output.to(output.dtype))
         return output
@@ -267,58 +420,78 @@ class HagMoeSparseMLP(nn.Module):
         super().__init__()
         self.router = HagMoeRouter(config)
         self.experts = HagMoeExperts(config)
+        self.experts.has_gate = config.gated_mlp  # type: ignore[assignment]
+        self.experts.has_bias = config.mlp_bias  # type: ignore[assignment]
         # The flag makes the stock implementations understand expert id `num_experts` as "no expert": padding costs nothing
         self.experts._is_expert_parallel = True  # type: ignore[assignment]
-        # While training, RouterCallback sets it to (output, routing) -> output: it counts, and adds balance gradients
-        self.routing_observer: Callable[[Tensor, Routing], Tensor] | None = None
+        # RouterCallback sets it while training, to (output, routing, packing) -> output: it counts, adds balance gradients
+        self.routing_observer: Callable[[Tensor, Routing, Packing | None], Tensor] | None = None
         self.shared_expert = self.output_bias = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = HagMoeMLP(config, config.shared_expert_intermediate_size)
-        else:
+        elif config.mlp_bias:
             self.output_bias = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); `token_mask` (B, L) bool is True at real tokens, None when all are."""
-        routing = self.router(hidden_states, token_mask)
+        routing = self.router(hidden_states, token_mask, packing)
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
         routed = self.experts(flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
         common = self.output_bias if self.shared_expert is None else self.shared_expert(hidden_states)
-        output = routed + common
+        output = routed if common is None else routed + common
         if self.training and self.routing_observer is not None:
-            output = self.routing_observer(output, routing)
+            output = self.routing_observer(output, routing, packing)
         return output
 
 
 class HagMoeLayer(GradientCheckpointingLayer):
-    """Attention and a feed-forward block, each followed by dropout, residual sum and layer norm."""
+    """Attention and a feed-forward block with dropout and residual sums; norms follow the sums, or precede the blocks."""
 
     def __init__(self, config: HagMoeConfig, layer_idx: int):
         super().__init__()
         self.is_sparse = layer_idx in config.sparse_layers
-        self.attention = HagMoeAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norms_first = config.norm_placement == "pre"
+        self.layer_type = cast(list, config.layer_types)[layer_idx]
+        self.attention = HagMoeAttention(config, self.layer_type)
+        # The embeddings come normed, so ModernBERT has no norm before its first attention
+        is_normed = self.norms_first and layer_idx == 0
+        self.attention_norm = nn.Identity() if is_normed else HagMoeLayerNorm(config)
         self.mlp = HagMoeSparseMLP(config) if self.is_sparse else HagMoeMLP(config, config.intermediate_size)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = HagMoeLayerNorm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.mlp_dropout = nn.Dropout(config.hidden_dropout_prob if config.mlp_dropout is None else config.mlp_dropout)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        packing: Packing | None = None,
+        **flash_kwargs,
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D). `attention_mask` is whatever the attention function wants, `token_mask` (B, L) bool."""
-        attention_output, _ = self.attention(hidden_states, attention_mask)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attention_output))
-        mlp_output = self.mlp(hidden_states, token_mask) if self.is_sparse else self.mlp(hidden_states)
-        return self.mlp_norm(hidden_states + self.dropout(mlp_output))
+        attention_input = self.attention_norm(hidden_states) if self.norms_first else hidden_states
+        attention_output, _ = self.attention(attention_input, attention_mask, rotation, **flash_kwargs)
+        hidden_states = hidden_states + self.dropout(attention_output)
+        if not self.norms_first:
+            hidden_states = self.attention_norm(hidden_states)
+        mlp_input = self.mlp_norm(hidden_states) if self.norms_first else hidden_states
+        mlp_output = self.mlp(mlp_input, token_mask, packing) if self.is_sparse else self.mlp(mlp_input)
+        hidden_states = hidden_states + self.mlp_dropout(mlp_output)
+        return hidden_states if self.norms_first else self.mlp_norm(hidden_states)
 
 
 class HagMoePooler(nn.Module):
-    """The first token's state through a dense layer and tanh."""
+    """The state of a text's first token through a dense layer and tanh."""
 
     def __init__(self, config: HagMoeConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, D)."""
-        return self.dense(hidden_states[:, 0]).tanh()
+    def forward(self, first_states: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return self.dense(first_states).tanh()
 
 
 class HagMoePreTrainedModel(PreTrainedModel):
@@ -347,10 +520,14 @@ class HagMoePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, HagMoeExperts):
-            init.normal_(module.up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-            init.zeros_(module.up_proj_bias)
-            init.zeros_(module.down_proj_bias)
+            for name, parameter in module.named_parameters():
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, HagMoeRotaryEmbedding):
+            for name, buffer in module.named_buffers():
+                init.copy_(buffer, module.frequencies(name.removesuffix("_inv_freq"))[0])
         elif isinstance(module, HagMoeSparseMLP) and module.output_bias is not None:
             init.zeros_(module.output_bias)
         elif isinstance(module, HagMoeRouter):
@@ -422,11 +599,14 @@ def refuse_non_finite(model: nn.Module, source: str) -> None:
 class HagMoeModel(HagMoePreTrainedModel):
     """The encoder: embeddings, layers with dense or sparse feed-forward blocks, and a pooler."""
 
-    def __init__(self, config: HagMoeConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: HagMoeConfig, add_pooling_layer: bool | None = None):
         super().__init__(config)
         self.embeddings = HagMoeEmbeddings(config)
+        self.rotary_emb = HagMoeRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.layers = nn.ModuleList(HagMoeLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.pooler = HagMoePooler(config) if add_pooling_layer else None
+        self.final_norm = HagMoeLayerNorm(config) if config.norm_placement == "pre" else None
+        has_pooler = config.has_pooler if add_pooling_layer is None else add_pooling_layer
+        self.pooler = HagMoePooler(config) if has_pooler else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -455,56 +635,119 @@ class HagMoeModel(HagMoePreTrainedModel):
             input_ids: (B, L) int64 in [0, vocab_size).
             attention_mask: (B, L), non-zero at real tokens; all tokens are real where it is None.
             token_type_ids: (B, L) int64 in [0, type_vocab_size); zeros where None.
-            position_ids: (B or 1, L) int64; where None, counted from each text's first real token, so that padding on
-                the left changes nothing.
+            position_ids: (B or 1, L) int64, counted from 0 in every family; where None, counted from each text's first
+                real token, so that padding on the left changes nothing. Without an attention_mask, positions that
+                restart within a row mark packed texts, as everywhere in transformers.
             inputs_embeds: (B, L, D) word embeddings instead of `input_ids`.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_index`,
-                `return_dict`; anything else is ignored, since sentence-transformers passes its own features along.
+                `return_dict`; for packed texts `cu_seq_lens_q` (S + 1,) int, their boundaries in one row, with
+                `max_length_q`, or `seq_idx` (B, L) int, which changes where a text begins; anything else is ignored,
+                since sentence-transformers passes its own features along.
 
         Returns:
             A `HagMoeModelOutput`.
 
         Raises:
-            ValueError: Shapes that do not fit, a text longer than `max_position_embeddings`, or packed input.
+            ValueError: Shapes that do not fit, a text longer than its positions, or packed texts with an attention_mask.
             IndexError: An id outside its embedding table (checked on CPU only: elsewhere it would cost a synchronisation).
         """
         texts = input_ids if inputs_embeds is None else inputs_embeds
         if texts is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
-        self._check_inputs(texts.shape[:2], input_ids, attention_mask, token_type_ids, position_ids, kwargs)
+        self._check_inputs(texts, input_ids, attention_mask, token_type_ids, position_ids, kwargs)
 
+        packing = find_packing(texts, attention_mask, position_ids, kwargs)
         token_mask = None if attention_mask is None else attention_mask.to(texts.device) != 0
+        if position_ids is not None:
+            positions: Tensor = position_ids
+        elif packing is not None:
+            positions = packing.positions()
+        else:
+            positions = _positions_from_first_real_token(token_mask, texts)
+        self._check_positions(positions)
         word_states = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden_states = self.embeddings(
-            word_states,
-            _zeros(texts) if token_type_ids is None else token_type_ids,
-            _positions_from_first_real_token(token_mask, texts) if position_ids is None else position_ids,
-        )
-        layer_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        token_types = _zeros(texts) if token_type_ids is None else token_type_ids
+        hidden_states = self.embeddings(word_states, token_types, positions)
+
+        rotations = {} if self.rotary_emb is None else self.rotary_emb(hidden_states, positions)
+        layer_masks = self._layer_masks(hidden_states, attention_mask, packing)
+        flash_kwargs = {} if packing is None else self._flash_kwargs(packing, kwargs)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, layer_mask, token_mask)
-        pooled = None if self.pooler is None else self.pooler(hidden_states)
+            hidden_states = layer(
+                hidden_states,
+                layer_masks[layer.layer_type],
+                token_mask,
+                rotations.get(layer.layer_type),
+                packing,
+                **flash_kwargs,
+            )
+        if self.final_norm is not None:
+            hidden_states = self.final_norm(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(pool_texts(hidden_states, token_mask, packing, "cls"))
         return HagMoeModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    def _check_inputs(self, batch_shape, input_ids, attention_mask, token_type_ids, position_ids, kwargs) -> None:
+    def _layer_masks(self, hidden_states: Tensor, attention_mask: Tensor | None, packing: Packing | None) -> dict:
+        """For each type of layer what the attention function wants; packed texts get a block for each text."""
+        same_text = None if packing is None else packed_sequence_mask_function(packing.sequence_index)
+        makers = {
+            "full_attention": create_bidirectional_mask,
+            "sliding_attention": create_bidirectional_sliding_window_mask,
+        }
+        return {
+            layer_type: makers[layer_type](
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                and_mask_function=same_text,
+            )
+            for layer_type in dict.fromkeys(self.config.layer_types or ())
+        }
+
+    def _flash_kwargs(self, packing: Packing, kwargs: dict) -> dict:
+        """The boundaries of packed texts, which flash attention takes instead of a mask."""
+        if not is_flash_attention_requested(self.config):
+            return {}
+        boundaries, length = kwargs.get("cu_seq_lens_q"), packing.sequence_index.numel()
+        if boundaries is None:
+            end = torch.tensor([length], device=packing.sequence_index.device)
+            boundaries = torch.cat((packing.starts(), end)).int()
+        longest = kwargs.get("max_length_q") or length
+        return {
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _check_inputs(self, texts, input_ids, attention_mask, token_type_ids, position_ids, kwargs) -> None:
         """Everything that can be told from shapes, and on CPU from ids, before it becomes a wrong vector."""
-        config = self.config
+        config, batch_shape = self.config, texts.shape[:2]
         length = batch_shape[1]
         if length == 0:
             raise ValueError(f"The input has shape {tuple(batch_shape)}; allowed: at least one token per text.")
-        if length > config.max_position_embeddings:
+        boundaries, longest = kwargs.get("cu_seq_lens_q"), config.max_text_length
+        is_packed = boundaries is not None or kwargs.get("seq_idx") is not None
+        may_be_packed = is_packed or (position_ids is not None and attention_mask is None)
+        longest_text = kwargs.get("max_length_q") if may_be_packed else length
+        if longest is not None and longest_text is not None and longest_text > longest:
             raise ValueError(
-                f"The input is {length} tokens long; allowed: at most max_position_embeddings="
-                f"{config.max_position_embeddings}. Truncate it in the tokenizer (truncation=True, max_length=...)."
+                f"The input is {longest_text} tokens long; allowed: at most {longest} (max_position_embeddings="
+                f"{config.max_position_embeddings}). Truncate it in the tokenizer (truncation=True, max_length=...)."
             )
-        packed = [name for name in PACKED_INPUT_NAMES if kwargs.get(name) is not None]
-        if packed:
+        if is_packed and attention_mask is not None:
             raise ValueError(
-                f"Packed input ({', '.join(packed)}) is not supported: pass a padded batch with its attention_mask (in "
-                "sentence-transformers: model[0].unpad_inputs = False)."
+                "attention_mask is given with cu_seq_lens_q or seq_idx; allowed: one of them. Packed texts have no "
+                "padding, so leave the attention_mask out."
             )
+        if boundaries is not None:
+            fits = boundaries.dim() == 1 and boundaries.shape[0] >= 2 and batch_shape[0] == 1
+            if fits and boundaries.device.type == "cpu" and not torch.compiler.is_compiling():
+                fits = bool(boundaries[0] == 0 and boundaries[-1] == length and (boundaries.diff() > 0).all())
+            if not fits:
+                raise ValueError(
+                    f"cu_seq_lens_q={boundaries} does not fit an input of shape {tuple(batch_shape)}; allowed: rising "
+                    "boundaries from 0 to the number of tokens, and one row."
+                )
         if attention_mask is not None and attention_mask.shape != batch_shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; allowed: {tuple(batch_shape)}, one entry per "
@@ -512,13 +755,61 @@ class HagMoeModel(HagMoePreTrainedModel):
             )
         if not torch.compiler.is_compiling():
             _check_ids("input_ids", input_ids, "vocab_size", config.vocab_size)
-            _check_ids("token_type_ids", token_type_ids, "type_vocab_size", config.type_vocab_size)
-            _check_ids("position_ids", position_ids, "max_position_embeddings", config.max_position_embeddings)
-            if position_ids is not None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():
-                raise ValueError(
-                    "position_ids restart within a row and there is no attention_mask: that is packed input, which is not "
-                    "supported. Pass a padded batch with its attention_mask."
-                )
+            _check_ids("token_type_ids", token_type_ids, "type_vocab_size", max(config.type_vocab_size, 1))
+
+    def _check_positions(self, position_ids: Tensor) -> None:
+        """Positions decide how long a text may be, also where several lie in one row."""
+        longest = self.config.max_text_length
+        if longest is not None and not torch.compiler.is_compiling():
+            _check_ids("position_ids", position_ids, "longest text", longest)
+
+
+def find_packing(texts: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, kwargs: dict) -> Packing | None:
+    """What `HagMoeModel.forward`'s arguments say about packed texts; None where each row holds one text.
+
+    Args:
+        texts: (B, L) ids or (B, L, D) embeddings.
+        attention_mask: As in `HagMoeModel.forward`; packed texts have none.
+        position_ids: As in `HagMoeModel.forward`.
+        kwargs: May hold `cu_seq_lens_q` (S + 1,), or `seq_idx` (B, L).
+    """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return Packing.from_lengths(kwargs["cu_seq_lens_q"].to(texts.device), texts.shape[1])
+    row_index = kwargs.get("seq_idx")
+    if row_index is None and position_ids is not None and attention_mask is None:
+        row_index = find_packed_sequence_indices(position_ids)  # None where positions never restart
+    if row_index is None:
+        return None
+    return Packing.from_row_index(row_index.to(texts.device).expand(texts.shape[0], -1), is_tracing(row_index))
+
+
+def pool_texts(hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None, pooling: str) -> Tensor:
+    """One state for each text: its first real token's ("cls"), or the mean over its real tokens ("mean").
+
+    Args:
+        hidden_states: (B, L, D).
+        token_mask: (B, L) bool, True at real tokens; None when all are.
+        packing: Which text each token belongs to; None where each row holds one.
+        pooling: "cls" or "mean".
+
+    Returns:
+        (B, D), or (S, D) for packed texts.
+    """
+    if packing is not None and packing.is_exact:
+        flat_states, text = hidden_states.flatten(0, 1), packing.sequence_index.flatten()
+        if pooling == "cls":
+            return flat_states[packing.starts()]
+        sums = flat_states.new_zeros(packing.size, flat_states.shape[-1]).index_add(0, text, flat_states)
+        return sums / text.bincount(minlength=packing.size).unsqueeze(-1)
+    if pooling == "mean":
+        if token_mask is None:
+            return hidden_states.mean(dim=1)
+        weight = token_mask.to(hidden_states.dtype)
+        return (hidden_states * weight.unsqueeze(-1)).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    if token_mask is None:
+        return hidden_states[:, 0]
+    first = token_mask.int().argmax(dim=-1).view(-1, 1, 1).expand(-1, 1, hidden_states.shape[-1])
+    return hidden_states.gather(1, first).squeeze(1)
 
 
 def _check_ids(name: str, ids: Tensor | None, table: str, size: int) -> None:
@@ -547,10 +838,10 @@ class HagMoeMaskedLMHead(nn.Module):
 
     def __init__(self, config: HagMoeConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
+        self.act_fn = ACT2FN[config.classifier_activation or config.hidden_act]
+        self.norm = HagMoeLayerNorm(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, vocab_size)."""
@@ -605,15 +896,37 @@ class HagMoeForMaskedLM(HagMoePreTrainedModel):
         )
 
 
+class HagMoeTransformHead(nn.Module):
+    """A dense layer, activation and norm before a classifier, as ModernBERT has them."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
+        self.act_fn = ACT2FN[config.classifier_activation or config.hidden_act]
+        self.norm = HagMoeLayerNorm(config)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.norm(self.act_fn(self.dense(states)))
+
+
+class HagMoeClassifierDropout(nn.Dropout):
+    """The config's dropout before a classifier."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
 class HagMoeForSequenceClassification(HagMoePreTrainedModel):
-    """The encoder with a linear classifier (or regressor) over the pooled first token, as stock BERT has it."""
+    """The encoder with a linear classifier (or regressor) over one state for each text, as its family pools it."""
 
     def __init__(self, config: HagMoeConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = HagMoeModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        has_transform = config.classifier_head == "transform"
+        self.model = HagMoeModel(config, add_pooling_layer=not has_transform)
+        self.head = HagMoeTransformHead(config) if has_transform else None
+        self.dropout = HagMoeClassifierDropout(config)
         self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
@@ -630,7 +943,8 @@ class HagMoeForSequenceClassification(HagMoePreTrainedModel):
     ) -> HagMoeSequenceClassifierOutput:
         """Classify texts; inputs as for [`HagMoeModel`], `labels` is (B,), or (B, labels) for several at once."""
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output))
+        pooled = _pooled_for_classifier(self, outputs, attention_mask, position_ids, kwargs)
+        logits = self.classifier(self.dropout(pooled))
         loss, aux_loss = None, self._aux_loss(outputs)
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -646,12 +960,162 @@ class HagMoeForSequenceClassification(HagMoePreTrainedModel):
         )
 
 
+class HagMoeForTokenClassification(HagMoePreTrainedModel):
+    """The encoder with a linear classifier over every token."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HagMoeModel(config, add_pooling_layer=False)
+        self.head = HagMoeTransformHead(config) if config.classifier_head == "transform" else None
+        self.dropout = HagMoeClassifierDropout(config)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> HagMoeTokenClassifierOutput:
+        """Classify tokens; inputs as for [`HagMoeModel`], `labels` is (B, L) int64 with -100 where there is none."""
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        states = outputs.last_hidden_state if self.head is None else self.head(outputs.last_hidden_state)
+        logits = self.classifier(self.dropout(states))
+        loss, aux_loss = None, self._aux_loss(outputs)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+            loss = loss if aux_loss is None else loss + aux_loss
+        return HagMoeTokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            aux_loss=aux_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_index=outputs.expert_index,
+        )
+
+
+class HagMoeForQuestionAnswering(HagMoePreTrainedModel):
+    """The encoder with a linear layer that finds where in the text an answer begins and ends."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HagMoeModel(config, add_pooling_layer=False)
+        has_transform = config.classifier_head == "transform"
+        self.head = HagMoeTransformHead(config) if has_transform else None
+        self.dropout = HagMoeClassifierDropout(config) if has_transform else nn.Identity()  # as the families have it
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> HagMoeQuestionAnsweringOutput:
+        """Find spans; inputs as for [`HagMoeModel`], `start_positions` and `end_positions` are (B,) int64."""
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        states = outputs.last_hidden_state if self.head is None else self.head(outputs.last_hidden_state)
+        start_logits, end_logits = self.qa_outputs(self.dropout(states)).unbind(dim=-1)
+        loss, aux_loss = None, self._aux_loss(outputs)
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            loss = loss if aux_loss is None else loss + aux_loss
+        return HagMoeQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            aux_loss=aux_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_index=outputs.expert_index,
+        )
+
+
+class HagMoeForMultipleChoice(HagMoePreTrainedModel):
+    """The encoder with a linear layer that scores each of several choices."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__(config)
+        has_transform = config.classifier_head == "transform"
+        self.model = HagMoeModel(config, add_pooling_layer=not has_transform)
+        self.head = HagMoeTransformHead(config) if has_transform else None
+        self.dropout = HagMoeClassifierDropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> HagMoeMultipleChoiceOutput:
+        """Score choices; inputs as for [`HagMoeModel`] but (B, choices, L), `labels` is (B,) int64 in [0, choices)."""
+        texts = input_ids if inputs_embeds is None else inputs_embeds
+        if texts is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        flat_inputs = [None if tensor is None else tensor.flatten(0, 1) for tensor in inputs]
+        outputs = self.model(*flat_inputs, **kwargs)
+        pooled = _pooled_for_classifier(self, outputs, flat_inputs[1], flat_inputs[3], kwargs)
+        logits = self.classifier(self.dropout(pooled)).view(texts.shape[:2])
+        loss, aux_loss = None, self._aux_loss(outputs)
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels.to(logits.device))
+            loss = loss if aux_loss is None else loss + aux_loss
+        return HagMoeMultipleChoiceOutput(
+            loss=loss,
+            logits=logits,
+            aux_loss=aux_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_index=outputs.expert_index,
+        )
+
+
+def _pooled_for_classifier(model, outputs: HagMoeModelOutput, attention_mask, position_ids, kwargs: dict) -> Tensor:
+    """(B, D), (S, D) for packed texts: what the model's classifier sees of each text before its dropout."""
+    if model.head is None:
+        return cast(Tensor, outputs.pooler_output)
+    states = cast(Tensor, outputs.last_hidden_state)
+    token_mask = None if attention_mask is None else attention_mask.to(states.device) != 0
+    packing = find_packing(states, attention_mask, position_ids, kwargs)
+    return model.head(pool_texts(states, token_mask, packing, model.config.classifier_pooling))
+
+
 __all__ = [
     "HagMoeForMaskedLM",
+    "HagMoeForMultipleChoice",
+    "HagMoeForQuestionAnswering",
     "HagMoeForSequenceClassification",
+    "HagMoeForTokenClassification",
     "HagMoeMaskedLMOutput",
     "HagMoeModel",
     "HagMoeModelOutput",
+    "HagMoeMultipleChoiceOutput",
     "HagMoePreTrainedModel",
+    "HagMoeQuestionAnsweringOutput",
     "HagMoeSequenceClassifierOutput",
+    "HagMoeTokenClassifierOutput",
 ]

@@ -3,6 +3,7 @@
 This file travels to the Hub beside the weights, so it imports nothing but torch.
 
 Axes:  B sequences   L tokens   D hidden_size   G groups   R experts per group   E = G*R experts   K = experts per token
+       S sequences of a packed batch, which lie one after the other in the rows of (B, L)
 """
 
 from typing import NamedTuple
@@ -18,6 +19,42 @@ class Routing(NamedTuple):
     expert_index: Tensor  # (B*L, K) int64 in [0, E), most probable first; E at padding, meaning "no expert"
     expert_weight: Tensor  # (B*L, K) in the model's dtype; 0 at padding
     log_partition: Tensor  # (B*L, gates) float32, logsumexp of each gate's raw logits, which the z-loss keeps near 0
+
+
+class Packing(NamedTuple):
+    """Which sequence each token of a packed batch belongs to."""
+
+    sequence_index: Tensor  # (B, L) int64 in [0, size), rising over the rows; no sequence spans two rows
+    size: int  # the number of sequences S, or more while tracing, where it must not depend on the data
+    is_exact: bool  # whether `size` is S
+
+    @classmethod
+    def from_lengths(cls, cu_seq_lens: Tensor, length: int) -> "Packing":
+        """From the (S + 1,) boundaries 0, ..., L of the sequences in one row; nothing waits for the GPU."""
+        token = torch.arange(length, device=cu_seq_lens.device)
+        # `right=True` gives a boundary to the sequence that it opens
+        index = torch.bucketize(token, cu_seq_lens[1:-1].to(token.dtype), right=True)
+        return cls(index.unsqueeze(0), cu_seq_lens.shape[0] - 1, True)
+
+    @classmethod
+    def from_row_index(cls, row_index: Tensor, is_tracing: bool) -> "Packing":
+        """From (B, L) integers that change in a row where a sequence begins; outside of tracing this waits for the GPU."""
+        # Shifted so that no entry equals the one put before the first column
+        changes = (row_index - row_index.amin()).diff(dim=-1, prepend=torch.full_like(row_index[:, :1], -1)) != 0
+        index = changes.flatten().cumsum(0) - 1
+        size = index.numel() if is_tracing else int(index[-1]) + 1
+        return cls(index.view_as(row_index), size, not is_tracing)
+
+    def starts(self) -> Tensor:
+        """(size,) int64: where each sequence begins in the flattened batch."""
+        token = torch.arange(self.sequence_index.numel(), device=self.sequence_index.device)
+        none = torch.full((self.size,), self.sequence_index.numel() - 1, device=token.device)
+        return none.scatter_reduce(0, self.sequence_index.flatten(), token, "amin")
+
+    def positions(self) -> Tensor:
+        """(B, L) int64: how many tokens of its own sequence precede each token."""
+        token = torch.arange(self.sequence_index.numel(), device=self.sequence_index.device)
+        return token.view_as(self.sequence_index) - self.starts()[self.sequence_index]
 
 
 def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -40,6 +77,29 @@ def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | No
     return (scores_BL.softmax(dim=-1).unsqueeze(1) @ hidden_states).squeeze(1)
 
 
+def attention_pool_packed(hidden_states: Tensor, query: Tensor, packing: Packing) -> Tensor:
+    """`attention_pool` for sequences that lie one after the other: each token gets its own sequence's summary.
+
+    Args:
+        hidden_states: (B, L, D) float32, all tokens real.
+        query: (D,) float32.
+        packing: Which sequence each token belongs to.
+
+    Returns:
+        (B, L, D) float32.
+    """
+    states_TD = hidden_states.flatten(0, 1)
+    sequence_T = packing.sequence_index.flatten()
+    scores_T = states_TD @ query * states_TD.shape[-1] ** -0.5
+    highest_S = scores_T.new_full((packing.size,), float("-inf")).scatter_reduce(0, sequence_T, scores_T.detach(), "amax")
+    weight_T = (scores_T - highest_S[sequence_T]).exp()
+    total_S = weight_T.new_zeros(packing.size).index_add(0, sequence_T, weight_T)
+    weight_T = weight_T / total_S[sequence_T]
+    summary_SD = torch.zeros_like(states_TD[:1]).expand(packing.size, -1)
+    summary_SD = summary_SD.index_add(0, sequence_T, weight_T.unsqueeze(-1) * states_TD)
+    return summary_SD[sequence_T].view_as(hidden_states)
+
+
 def route(
     group_logits: Tensor | None,
     expert_logits: Tensor | None,
@@ -60,7 +120,8 @@ def route(
     sequence never depends on another's.
 
     Args:
-        group_logits: (B, L, G), or (B, 1, G) when a sequence chooses for all its tokens; None for one group.
+        group_logits: (B, L, G), or (B, 1, G) when a sequence chooses for all its tokens (in packed input each token carries
+            its sequence's); None for one group.
         expert_logits: (B, L, E); None when every group holds one expert, and `group_logits` is then (B, L, G).
         token_mask: (B, L) bool, True at real tokens; None when all are.
         group_bias: (G,) float32, added to log P(group) for choosing only; None for none.
@@ -178,4 +239,12 @@ def router_z_loss(log_partition: Tensor, num_tokens: Tensor | float) -> Tensor:
     return log_partition.square().sum() / num_tokens
 
 
-__all__ = ["Routing", "attention_pool", "load_balancing_loss", "route", "router_z_loss"]
+__all__ = [
+    "Packing",
+    "Routing",
+    "attention_pool",
+    "attention_pool_packed",
+    "load_balancing_loss",
+    "route",
+    "router_z_loss",
+]

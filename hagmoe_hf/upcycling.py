@@ -8,6 +8,7 @@ added once.
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,92 +16,24 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
-
-from . import sentence
-from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
-from .model_card import upcycled_card
-from .modeling_hagmoe import (
-    HagMoeForMaskedLM,
-    HagMoeForSequenceClassification,
-    HagMoeModel,
-    HagMoePreTrainedModel,
-    naming_damaged_weights,
-    refuse_non_finite,
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
 )
+
+from . import modeling_hagmoe, sentence
+from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
+from .families import FAMILIES, Family, KeyRules
+from .model_card import upcycled_card
+from .modeling_hagmoe import HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
 
 StateDict: TypeAlias = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of dense encoders maps onto the HAG-MoE shape.
-
-    Attributes:
-        config_fields: Fields that carry the same name and meaning in both configurations.
-        required: Fields of the parent's configuration that must have this value, where it has them at all.
-        key_rules: Ordered (pattern, replacement) pairs, each tried on a parent's parameter name until one matches whole.
-        heads: The parent's class name -> the HAG-MoE class that takes its place.
-        aliases: Parent parameters that only repeat another one.
-    """
-
-    config_fields: tuple[str, ...]
-    required: dict[str, Any]
-    key_rules: tuple[tuple[str, str], ...]
-    heads: dict[str, type[HagMoePreTrainedModel]]
-    aliases: frozenset[str]
-
-
-BERT = Family(
-    config_fields=(
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "initializer_range",
-        "layer_norm_eps",
-        "classifier_dropout",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "tie_word_embeddings",
-        "problem_type",
-        "id2label",
-        "label2id",
-    ),
-    required={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
-    key_rules=(
-        (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"embeddings.\1_embeddings.weight"),
-        (r"embeddings\.LayerNorm\.(weight|bias)", r"embeddings.norm.\1"),
-        (r"encoder\.layer\.(\d+)\.attention\.self\.query\.(weight|bias)", r"layers.\1.attention.q_proj.\2"),
-        (r"encoder\.layer\.(\d+)\.attention\.self\.key\.(weight|bias)", r"layers.\1.attention.k_proj.\2"),
-        (r"encoder\.layer\.(\d+)\.attention\.self\.value\.(weight|bias)", r"layers.\1.attention.v_proj.\2"),
-        (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"layers.\1.attention.o_proj.\2"),
-        (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(weight|bias)", r"layers.\1.attention_norm.\2"),
-        (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.up_proj.\2"),
-        (r"encoder\.layer\.(\d+)\.output\.dense\.(weight|bias)", r"layers.\1.mlp.down_proj.\2"),
-        (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(weight|bias)", r"layers.\1.mlp_norm.\2"),
-        (r"pooler\.dense\.(weight|bias)", r"pooler.dense.\1"),
-        (r"cls\.predictions\.transform\.dense\.(weight|bias)", r"lm_head.dense.\1"),
-        (r"cls\.predictions\.transform\.LayerNorm\.(weight|bias)", r"lm_head.norm.\1"),
-        (r"cls\.predictions\.decoder\.(weight|bias)", r"lm_head.decoder.\1"),
-        (r"classifier\.(weight|bias)", r"classifier.\1"),
-    ),
-    heads={
-        "BertModel": HagMoeModel,
-        "BertForMaskedLM": HagMoeForMaskedLM,
-        "BertForSequenceClassification": HagMoeForSequenceClassification,
-    },
-    aliases=frozenset({"cls.predictions.bias"}),
-)
-
-FAMILIES: dict[str, Family] = {"bert": BERT}
 
 
 @dataclass(frozen=True)
@@ -173,6 +106,7 @@ def upcycle(
     group_routing: str = "sequence",
     combine_rule: str = "selection",
     seed: int = 0,
+    allow_key_mismatch: bool = False,
 ) -> Any:
     """Turn a dense text encoder into a HAG-MoE that gives the same outputs.
 
@@ -191,11 +125,13 @@ def upcycle(
         group_routing: "sequence" or "token": who opens groups.
         combine_rule: "selection" or "normalized"; "softmax" weights do not sum to 1 and could not reproduce the parent.
         seed: Seed of the new routers' weights.
+        allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then
+            stay random. A path or Hub id only.
 
     Returns:
         The same kind of thing: a `SentenceTransformer` of stock modules for a `SentenceTransformer` (or a path to one), a
-        `HagMoeModel`, `HagMoeForMaskedLM` or `HagMoeForSequenceClassification` for a transformers model. Its
-        `upcycling_report` is an `UpcyclingReport`.
+        `HagMoeModel` or the HAG-MoE class with the parent's head for a transformers model. Its `upcycling_report` is an
+        `UpcyclingReport`.
 
     Raises:
         ValueError: A family, head, layer, width or option that cannot be upcycled, or weights that are not finite.
@@ -216,7 +152,7 @@ def upcycle(
         return _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
 
     if isinstance(parent, str | os.PathLike):
-        parent = load_parent(parent)
+        parent = load_parent(parent, allow_key_mismatch)
     if isinstance(parent, PreTrainedModel):
         return upcycle_model(parent)
     if sentence.is_sentence_transformer(parent):
@@ -226,15 +162,16 @@ def upcycle(
     )
 
 
-def load_parent(name_or_path: str | os.PathLike) -> Any:
+def load_parent(name_or_path: str | os.PathLike, allow_key_mismatch: bool = False) -> Any:
     """Load a dense model as what it was saved as: a `SentenceTransformer`, or the transformers class in its config.
 
     Args:
         name_or_path: A local folder or a Hub id.
+        allow_key_mismatch: Whether left-over and missing weights are only warned of.
 
     Raises:
         FileNotFoundError: `name_or_path` can only be a local folder, and there is none.
-        ValueError: The checkpoint lacks weights that would have to be invented, or is damaged.
+        ValueError: The checkpoint is damaged, lacks weights, or has some that would be left out; the message names them.
     """
     name = os.path.expanduser(os.fspath(name_or_path))
     if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
@@ -242,24 +179,48 @@ def load_parent(name_or_path: str | os.PathLike) -> Any:
             f"parent={name!r} is no folder; allowed: a local model folder or a Hub id like 'owner/name'."
         )
     with naming_damaged_weights(name):
-        if sentence.is_sentence_transformer_path(name):
-            return sentence.load(name)
-        return _load_transformers_model(name)
+        if not sentence.is_sentence_transformer_path(name):
+            architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+            loader: Any = next((loader for suffix, loader in LOADERS.items() if architecture.endswith(suffix)), AutoModel)
+            model, info = loader.from_pretrained(name, output_loading_info=True)
+            _check_loading(model, info, allow_key_mismatch)
+            return model
+        parent = sentence.load(name)
+        # sentence-transformers does not say which weights it found, so the encoder is loaded once more
+        encoder = sentence.encoder_of(parent)
+        _, info = cast(Any, type(encoder)).from_pretrained(encoder.name_or_path, output_loading_info=True)
+        _check_loading(encoder, info, allow_key_mismatch)
+        return parent
 
 
-def _load_transformers_model(name: str) -> PreTrainedModel:
-    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
-    loaders: dict[str, Any] = {
-        "ForMaskedLM": AutoModelForMaskedLM,
-        "ForPreTraining": AutoModelForMaskedLM,
-        "ForSequenceClassification": AutoModelForSequenceClassification,
-    }
-    loader = next((loader for suffix, loader in loaders.items() if architecture.endswith(suffix)), AutoModel)
-    model, info = loader.from_pretrained(name, output_loading_info=True)
-    invented = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if invented:
-        raise ValueError(f"{name} lacks the weights {invented}; allowed: a checkpoint with all of them (or without pooler).")
-    return model
+LOADERS: dict[str, Any] = {
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForPreTraining": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForMultipleChoice": AutoModelForMultipleChoice,
+}
+
+
+def _check_loading(model: PreTrainedModel, info: dict, allow_key_mismatch: bool) -> None:
+    """Refuse or tell what a checkpoint lacks or leaves over; an encoder's pooler that it lacks is taken away."""
+    missing = set(info["missing_keys"])
+    pooler = {key for key in missing if key.startswith("pooler.")}
+    if pooler:
+        model.pooler = None  # type: ignore[assignment] # it would be random, and look real
+    missing -= pooler
+    # Older versions of transformers saved this constant
+    left_over = {key for key in info["unexpected_keys"] if not key.endswith(".position_ids")}
+    if not missing and not left_over:
+        return
+    found = f"lacks the weights {sorted(missing)} and leaves over {sorted(left_over)}"
+    if not allow_key_mismatch:
+        raise ValueError(
+            f"{model.name_or_path} {found}, read as {type(model).__name__}; allowed: a checkpoint whose weights all have a "
+            "place (or without pooler), or allow_key_mismatch=True."
+        )
+    warnings.warn(f"{model.name_or_path} {found}: what is missing stays random, the rest is left out.", stacklevel=4)
 
 
 def _upcycle_sentence_transformer(parent: Any, upcycle_model: Callable) -> Any:
@@ -279,19 +240,16 @@ def _upcycle_model(
     options: dict[str, Any],
     seed: int,
 ) -> HagMoePreTrainedModel:
-    family, mixture_class = _family_and_class(parent)
+    family, mixture_class, head_rules = _family_and_class(parent)
     name = parent.name_or_path or type(parent).__name__
     refuse_non_finite(parent, name)
     config = _mixture_config(parent, family, sparse_layers, shared_expert_fraction, options)
-
-    has_pooler = any("pooler." in key for key in parent.state_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Only the encoder alone may come without a pooler; in a head its presence follows from the class
-        mixture = HagMoeModel(config, has_pooler) if mixture_class is HagMoeModel else mixture_class(config)
+        mixture = mixture_class(config)
     mixture = mixture.to(device=parent.device, dtype=parent.dtype)  # type: ignore[call-arg]
 
-    renamed = _rename(parent, family)
+    renamed = _rename(parent, head_rules + family.key_rules, family.aliases)
     weights, copied, split = _split_feed_forward(renamed, config)
     new = _load(mixture, weights)
     counts = config.parameter_counts()
@@ -313,7 +271,7 @@ def _upcycle_model(
     return mixture.train(parent.training)
 
 
-def _family_and_class(parent: PreTrainedModel) -> tuple[Family, type[HagMoePreTrainedModel]]:
+def _family_and_class(parent: PreTrainedModel) -> tuple[Family, type[HagMoePreTrainedModel], KeyRules]:
     if isinstance(parent, HagMoePreTrainedModel):
         raise ValueError(f"{type(parent).__name__} is a mixture already; allowed: a dense model.")
     family = FAMILIES.get(parent.config.model_type)
@@ -321,14 +279,14 @@ def _family_and_class(parent: PreTrainedModel) -> tuple[Family, type[HagMoePreTr
         raise ValueError(
             f"model_type={parent.config.model_type!r} cannot be upcycled; allowed: {', '.join(sorted(FAMILIES))}."
         )
-    mixture_class = family.heads.get(type(parent).__name__)
-    if mixture_class is None:
+    head = family.heads.get(type(parent).__name__)
+    if head is None:
         raise ValueError(f"{type(parent).__name__} cannot be upcycled; allowed: {', '.join(sorted(family.heads))}.")
     for field, value in family.required.items():
         actual = getattr(parent.config, field, value)
         if actual != value:
             raise ValueError(f"{field}={actual!r} in the parent's config cannot be upcycled; allowed: {value!r}.")
-    return family, mixture_class
+    return family, getattr(modeling_hagmoe, head.mixture_class), head.key_rules
 
 
 def _mixture_config(
@@ -344,11 +302,13 @@ def _mixture_config(
             "the parent's; allowed: 'selection', or 'normalized' with num_experts_per_tok > 1."
         )
     fields = {field: getattr(parent.config, field) for field in family.config_fields if hasattr(parent.config, field)}
+    fields |= family.settings(parent.config)
     fields["attn_implementation"] = parent.config._attn_implementation
     shared_width = _shared_width(parent.config.intermediate_size, shared_expert_fraction)
     return HagMoeConfig(
         **fields,
         **options,
+        has_pooler=any("pooler." in key for key in parent.state_dict()),
         mlp_layer_types=_mlp_layer_types(parent.config.num_hidden_layers, sparse_layers),
         shared_expert_intermediate_size=shared_width,
         moe_intermediate_size=parent.config.intermediate_size - shared_width,
@@ -389,28 +349,49 @@ def _shared_width(intermediate_size: int, fraction: float) -> int:
     return width
 
 
-def _rename(parent: PreTrainedModel, family: Family) -> StateDict:
+def _rename(parent: PreTrainedModel, key_rules: KeyRules, aliases: frozenset[str]) -> StateDict:
     """The parent's weights under the mixture's names, feed-forward blocks still whole."""
     head_prefix = f"{parent.base_model_prefix}."
     own_prefix = f"{HagMoePreTrainedModel.base_model_prefix}."
-    renamed, unknown = {}, []
+    renamed: StateDict = {}
+    unknown = []
     for key, tensor in parent.state_dict().items():
-        if key in family.aliases:
+        if key in aliases:
             continue
-        in_base = key.startswith(head_prefix)
-        bare_key = key.removeprefix(head_prefix)
-        for pattern, replacement in family.key_rules:
-            if match := re.fullmatch(pattern, bare_key):
-                renamed[(own_prefix if in_base else "") + match.expand(replacement)] = tensor.detach()
-                break
-        else:
+        prefix = own_prefix if key.startswith(head_prefix) else ""
+        names = mixture_names(key.removeprefix(head_prefix), key_rules)
+        if not names:
             unknown.append(key)
+        parts = tensor.detach().chunk(max(len(names), 1))
+        renamed |= {prefix + name: part for name, part in zip(names, parts, strict=False)}
     if unknown:
         raise ValueError(
             f"{type(parent).__name__} has parameters that a HAG-MoE has no place for: {unknown}; allowed: those of a stock "
             f"{parent.config.model_type} model."
         )
-    return renamed
+    return _put_together(renamed)
+
+
+def mixture_names(key: str, key_rules: KeyRules) -> tuple[str, ...]:
+    """The names in the mixture of a parent's parameter, in the order of its parts; () where no rule knows it."""
+    for pattern, replacement in key_rules:
+        if match := re.fullmatch(pattern, key):
+            templates = (replacement,) if isinstance(replacement, str) else replacement
+            return tuple(match.expand(template) for template in templates)
+    return ()
+
+
+def _put_together(weights: StateDict) -> StateDict:
+    """Concatenate NAME@0, NAME@1, ... along the first axis, as NAME."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    whole: StateDict = {}
+    for key, tensor in weights.items():
+        name, is_part, place = key.partition("@")
+        if is_part:
+            parts.setdefault(name, {})[int(place)] = tensor
+        else:
+            whole[key] = tensor
+    return whole | {name: torch.cat([found[place] for place in sorted(found)]) for name, found in parts.items()}
 
 
 def _split_feed_forward(
@@ -421,7 +402,7 @@ def _split_feed_forward(
     weights: StateDict = {}
     copied, split = [], []
     for key, tensor in dense.items():
-        match = re.fullmatch(r"((?:.*\.)?layers\.(\d+)\.mlp)\.(up_proj|down_proj)\.(weight|bias)", key)
+        match = re.fullmatch(r"((?:.*\.)?layers\.(\d+)\.mlp)\.(gate_up_proj|up_proj|down_proj)\.(weight|bias)", key)
         if match is None or int(match[2]) not in sparse:
             weights[key] = tensor
             copied.append((key, tensor.numel()))
@@ -433,7 +414,9 @@ def _split_feed_forward(
             weights[f"{block}.experts.down_proj_bias"] = tensor.new_zeros(config.num_experts, len(tensor))
             continue
         neuron_axis = 1 if projection == "down_proj" else 0
-        shared_slice, routed_slice = tensor.split([shared, tensor.shape[neuron_axis] - shared], dim=neuron_axis)
+        halves = tensor.chunk(2) if projection == "gate_up_proj" else (tensor,)  # a neuron has a row in either half
+        slices = [half.split([shared, half.shape[neuron_axis] - shared], dim=neuron_axis) for half in halves]
+        shared_slice, routed_slice = (torch.cat(parts) for parts in zip(*slices, strict=True))
         if shared:
             weights[f"{block}.shared_expert.{projection}.{kind}"] = shared_slice
         stack = f"{block}.experts.{projection}" + ("_bias" if kind == "bias" else "")

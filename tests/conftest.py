@@ -37,6 +37,34 @@ MODES = {
 }
 
 
+# The shape of each family, on top of TINY
+SHAPES = {
+    "bert": {},
+    "roberta": {"position_offset": 2, "pad_token_id": 1, "type_vocab_size": 1},
+    "modernbert": {
+        "type_vocab_size": 0,
+        "position_embedding_type": "rope",
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "sliding_window": 3,
+        "norm_placement": "pre",
+        "gated_mlp": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_bias": False,
+        "classifier_head": "transform",
+        "classifier_pooling": "mean",
+        "classifier_bias": False,
+    },
+    "nomic_bert": {
+        "position_embedding_type": "rope",
+        "gated_mlp": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+    },
+}
+
+
 def tiny_config(**changes) -> HagMoeConfig:
     return HagMoeConfig(**{**TINY, **changes})
 

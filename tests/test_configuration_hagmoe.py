@@ -1,12 +1,15 @@
+import json
+
 import pytest
-from conftest import MODES, TINY, tiny_config
+from conftest import MODES, SHAPES, TINY, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 
 from hagmoe_hf import HagMoeConfig, HagMoeModel
 from hagmoe_hf.configuration_hagmoe import default_mlp_layer_types
 
-SHAPES = {
+CONFIGS = {
     **MODES,
+    **SHAPES,
     "no shared expert": {"shared_expert_intermediate_size": 0},
     "all dense": {"mlp_layer_types": ["dense"] * 3},
     "all sparse": {"mlp_layer_types": ["sparse"] * 3},
@@ -15,7 +18,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("add_pooling_layer", [True, False])
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 def test_counted_parameters_are_those_of_the_built_model(changes, add_pooling_layer):
     """A model card or a budget planned from the config would otherwise be wrong."""
     config = tiny_config(**changes)
@@ -47,6 +50,14 @@ IMPOSSIBLE = {
     "hidden_act": {"hidden_act": "gelo"},
     "hidden_dropout_prob": {"hidden_dropout_prob": 1.5},
     "layer_norm_eps": {"layer_norm_eps": float("nan")},
+    "embedding_dropout": {"embedding_dropout": -0.1},
+    "mlp_dropout": {"mlp_dropout": 2},
+    "classifier_activation": {"classifier_activation": "tan"},
+    "type_vocab_size": {"type_vocab_size": -1},
+    "position_offset": {"position_offset": 64},
+    "layer_types": {"layer_types": ["full_attention", "local", "full_attention"]},
+    "sliding_window": {"sliding_window": None, "layer_types": ["sliding_attention"] * 3},
+    "classifier_pooling": {"classifier_pooling": "mean"},
 }
 
 
@@ -85,12 +96,67 @@ def test_a_width_of_zero_heads_is_not_a_division_error():
         HagMoeConfig(num_attention_heads=0)
 
 
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_config_survives_the_disk(changes, tmp_path):
     """Derived fields must come back as they were, or the weights would not fit."""
     config = tiny_config(**changes)
     config.save_pretrained(tmp_path)
     assert HagMoeConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+def test_rotary_parameters_are_refused_where_positions_are_learned():
+    """A flag that does nothing would be believed."""
+    with pytest.raises(
+        StrictDataclassError, match=r"rope_parameters=.*allowed: None with position_embedding_type='absolute'"
+    ):
+        tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 1000.0})
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ],
+)
+def test_rotary_positions_that_depend_on_the_batch_are_refused(parameters):
+    """Dynamic frequencies follow the longest text of a batch, so a text would change with its neighbours."""
+    with pytest.raises(StrictDataclassError, match=r"rope_parameters=.* is not possible; allowed: a rope_type of"):
+        tiny_config(position_embedding_type="rope", rope_parameters=parameters)
+
+
+def test_rotary_heads_need_an_even_width():
+    with pytest.raises(StrictDataclassError, match="num_attention_heads=8 is not possible"):
+        tiny_config(position_embedding_type="rope", hidden_size=40, num_attention_heads=8)
+
+
+def test_rotary_parameters_may_be_one_for_all_layers_or_one_for_each_kind():
+    """NomicBERT's configs say it once, ModernBERT's for each kind of layer."""
+    kinds = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 2}
+    flat = tiny_config(**kinds, position_embedding_type="rope", rope_parameters={"rope_type": "default", "rope_theta": 10.0})
+    assert {kind: p["rope_theta"] for kind, p in flat.rope_parameters.items()} == dict.fromkeys(
+        set(kinds["layer_types"]), 10.0
+    )
+    nested = {"full_attention": {"rope_theta": 7.0}, "sliding_attention": {"rope_theta": 8.0}}
+    assert tiny_config(**kinds, position_embedding_type="rope", rope_parameters=nested).rope_parameters == {
+        "full_attention": {"rope_theta": 7.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 8.0, "rope_type": "default"},
+    }
+
+
+def test_a_config_of_the_first_version_still_means_bert(tmp_path):
+    """Saved mixtures have none of the shape fields; they must load as what they were."""
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    new = "position_ rope_ layer_types sliding_ norm_ gated_ attention_bias mlp_bias has_pooler classifier_ decoder_bias"
+    old = {key: value for key, value in saved.items() if not key.startswith(tuple(new.split()))}
+    assert len(old) < len(saved) - 10
+    path.write_text(json.dumps(old))
+    again = HagMoeConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == HagMoeConfig.from_dict(saved).to_dict()
+    assert (again.position_embedding_type, again.norm_placement, again.gated_mlp) == ("absolute", "post", False)
 
 
 @pytest.mark.parametrize("layers", range(1, 25))

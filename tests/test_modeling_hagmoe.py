@@ -382,22 +382,12 @@ REFUSED = {
         ValueError,
         r"attention_mask has shape \(2, 1, 3, 3\)",
     ),
-    "packed": (
-        {"input_ids": torch.ones(1, 3, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 2, 3])},
-        ValueError,
-        "Packed input .cu_seq_lens_q.",
-    ),
-    "packed by positions": (
-        {"input_ids": torch.ones(1, 3, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 0]])},
-        ValueError,
-        "packed input",
-    ),
 }
 
 
 @pytest.mark.parametrize(("inputs", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_input_that_would_give_a_wrong_vector_is_refused(inputs, error, message):
-    """Packed input and a lost mask mix texts silently; a bad id reads another row or crashes the GPU."""
+    """A lost mask mixes texts silently; a bad id reads another row or crashes the GPU."""
     with pytest.raises(error, match=message):
         tiny_model()(**inputs)
 

@@ -5,14 +5,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from hagmoe_hf import HagMoeForMaskedLM
 from hagmoe_hf.demo import LARGEST_DIFFERENCE
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("exactness", ROOT / "scripts/exactness.py")
-exactness = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(exactness)
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+exactness, multilingual = script("exactness"), script("exactness_multilingual")
+
+
+@pytest.fixture(scope="module")
+def multilingual_parent() -> SentenceTransformer:
+    return SentenceTransformer(str(multilingual.parent_folder()), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +58,23 @@ def test_the_published_figures_hold_for_the_committed_corpus(corpus):
     assert result["texts"] == len(corpus)
     assert list(result["modes"]) == list(exactness.MODES)
     assert all(row["largest_difference"] <= result["bound"] for row in result["modes"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", multilingual.MODES.values(), ids=multilingual.MODES.keys())
+def test_a_multilingual_parents_vectors_are_kept_in_six_languages(multilingual_parent, options):
+    """The second parent: another tokenizer, twelve layers, and languages that an English parent never shows."""
+    differences = multilingual.measure(multilingual_parent, options)
+    assert len(differences) == 6
+    assert max(differences.values()) <= multilingual.BOUND
+
+
+def test_the_published_multilingual_figures_are_of_the_scripts_modes():
+    result = multilingual.json.loads((ROOT / "docs/results/exactness_multilingual.json").read_text())
+    assert list(result["largest_difference"]) == list(multilingual.MODES)
+    for row in result["largest_difference"].values():
+        assert set(row) == set(multilingual.TEXTS)
+        assert max(row.values()) <= result["bound"] == multilingual.BOUND
 
 
 def test_an_mlm_head_can_be_put_on_a_saved_mixture(real_mixture, tmp_path):

@@ -286,7 +286,7 @@ def recorder_on(model: nn.Module, coefficients: Coefficients) -> StepRecorder:
     blocks = blocks_of(model.train())
     recorder = StepRecorder(len(blocks), 8, coefficients, torch.device("cpu"))
     for row, block in enumerate(blocks):
-        block.routing_observer = partial(lambda row, output, routing: recorder.watch(output, routing, row), row)
+        block.routing_observer = partial(lambda row, output, routing, packing: recorder.watch(output, routing, row), row)
     return recorder
 
 

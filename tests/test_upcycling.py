@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import pytest
@@ -6,16 +7,19 @@ import torch
 from conftest import MODES, TINY, route_hard, spread
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForNextSentencePrediction,
     BertForSequenceClassification,
     BertModel,
-    RobertaConfig,
-    RobertaModel,
+    ElectraConfig,
+    ElectraModel,
 )
 
 from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel, upcycle
+from hagmoe_hf.demo import parent_folder
 
 WAYS = {
     **MODES,
@@ -191,8 +195,8 @@ def test_a_width_that_cannot_be_split_is_refused():
 
 
 def test_an_unknown_family_is_refused():
-    parent = RobertaModel(RobertaConfig(**{**TINY, "pad_token_id": 1}))
-    with pytest.raises(ValueError, match="model_type='roberta' cannot be upcycled; allowed: bert"):
+    parent = ElectraModel(ElectraConfig(**TINY))
+    with pytest.raises(ValueError, match="model_type='electra' cannot be upcycled; allowed: bert, modernbert"):
         upcycle(parent)
 
 
@@ -248,10 +252,30 @@ def test_a_truncated_parent_is_refused_with_its_folder(tmp_path):
         upcycle(tmp_path)
 
 
-def test_a_parent_that_lacks_weights_is_refused(tmp_path):
-    """transformers would fill the gap with random numbers."""
+@pytest.mark.parametrize("as_sentence_transformer", [False, True])
+def test_missing_and_left_over_weights_are_named_and_refused_unless_asked_for(as_sentence_transformer, tmp_path):
+    """transformers would fill the gap with random numbers, drop the rest, and say so in a log line at best."""
     parent = tiny_parent()
     state = {key: value for key, value in parent.state_dict().items() if "layer.1.output.dense" not in key}
+    state["encoder.layer.7.attention.self.query.weight"] = torch.ones(2, 2)
     parent.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks the weights \['encoder\.layer\.1\.output\.dense\.bias'"):
+    if as_sentence_transformer:
+        AutoTokenizer.from_pretrained(parent_folder()).save_pretrained(tmp_path)
+        module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+        (tmp_path / "modules.json").write_text(json.dumps([module]))
+    names = r"lacks the weights \['encoder\.layer\.1\.output\.dense\.bias'.* leaves over \['encoder\.layer\.7\.attention"
+    with pytest.raises(ValueError, match=names):
         upcycle(tmp_path)
+    with pytest.warns(UserWarning, match=names):
+        mixture = upcycle(tmp_path, allow_key_mismatch=True)
+    encoder = mixture[0].model if as_sentence_transformer else mixture
+    assert torch.equal(encoder.layers[0].attention.q_proj.weight, parent.encoder.layer[0].attention.self.query.weight)
+
+
+def test_a_checkpoint_without_pooler_gives_a_mixture_without_pooler_also_after_saving(tmp_path):
+    """Most sentence models are saved without one; a random one would look like a part of the model."""
+    spread(BertModel(BertConfig(**TINY), add_pooling_layer=False)).save_pretrained(tmp_path)
+    mixture = upcycle(tmp_path)
+    assert mixture.pooler is None
+    mixture.save_pretrained(tmp_path / "mixture")
+    assert AutoModel.from_pretrained(tmp_path / "mixture").pooler is None

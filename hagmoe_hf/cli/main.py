@@ -61,6 +61,9 @@ def upcycle(
     group_routing: Annotated[Literal["sequence", "token"], typer.Option(help="Who opens groups.")] = "sequence",
     combine_rule: Annotated[Literal["selection", "normalized"], typer.Option(help="Weights of the experts.")] = "selection",
     seed: Annotated[int, typer.Option(help="Seed of the new routers.")] = 0,
+    allow_key_mismatch: Annotated[
+        bool, typer.Option("--allow-key-mismatch", help="Go on where weights are missing or left over.")
+    ] = False,
 ) -> None:
     """Make a HAG-MoE with its parent's vectors. OUT appears whole, or not at all."""
     with new_folder(out) as folder:
@@ -75,6 +78,7 @@ def upcycle(
             group_routing=group_routing,
             combine_rule=combine_rule,
             seed=seed,
+            allow_key_mismatch=allow_key_mismatch,
         )
         mixture.save_pretrained(str(folder))
         if isinstance(mixture, PreTrainedModel):  # a SentenceTransformer saves its own tokenizer

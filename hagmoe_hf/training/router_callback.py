@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..modeling_hagmoe import HagMoeSparseMLP
-from ..routing_hagmoe import Routing
+from ..routing_hagmoe import Packing, Routing
 from .balance import BiasSteps, Coefficients, StepRecorder, StepSummary, bias_step
 from .monitor import dead_experts, load_entropy, max_violation
 
@@ -115,7 +115,7 @@ class RouterCallback(TrainerCallback, ExportableState):
         if not self._layers:
             raise ValueError(f"{type(model).__name__} has no sparse layer; allowed: a HAG-MoE, see hagmoe_hf.upcycle.")
         config = self._layers[0][1].router.config
-        device = self._layers[0][1].experts.up_proj.device
+        device = _device(self._layers[0][1])
         rows = len(self._layers)
         self._recorder = StepRecorder(rows, config.num_experts, self.coefficients, device)
         self._bias_steps = BiasSteps(rows, config.n_group, device), BiasSteps(rows, config.num_experts, device)
@@ -159,8 +159,8 @@ class RouterCallback(TrainerCallback, ExportableState):
         self.saved = {}
         self._recorder = self._window = self._last = None
 
-    def _observe(self, row: int, output: Tensor, routing: Routing) -> Tensor:
-        self._agreement.see(row, output, routing, self._layers[row][1].router.config)
+    def _observe(self, row: int, output: Tensor, routing: Routing, packing: Packing | None) -> Tensor:
+        self._agreement.see(row, output, routing, packing, self._layers[row][1].router.config)
         return output if self._recorder is None else self._recorder.watch(output, routing, row)
 
     def _watch_loss(self, module: nn.Module, inputs: tuple, loss: Any) -> Any:
@@ -246,7 +246,7 @@ class RouterCallback(TrainerCallback, ExportableState):
         self.saved = saved
         for name, (owner, attribute) in self._tensors().items():
             if name in saved:
-                device = self._layers[0][1].experts.up_proj.device
+                device = _device(self._layers[0][1])
                 setattr(owner, attribute, torch.tensor(saved[name], dtype=torch.float64, device=device))
 
 
@@ -264,13 +264,16 @@ class _PairAgreement:
         self._columns = len(features) if isinstance(features, list | tuple) else 0
         self._groups = {}
 
-    def see(self, row: int, output: Tensor, routing: Routing, config: Any) -> None:
-        """One sparse block's forward pass over (B, L, D) states."""
+    def see(self, row: int, output: Tensor, routing: Routing, packing: Packing | None, config: Any) -> None:
+        """One sparse block's forward pass over (B, L, D) states, of one text per row, or packed."""
         if self._columns < 2 or config.n_group == 1 or config.group_routing != "sequence":
             return
-        batch = output.shape[0]
         # every token of a text carries its text's P(group): the first will do, also where it is padding
-        log_probs_BE = routing.router_logits.detach().view(batch, -1, config.num_experts)[:, 0]
+        if packing is None:
+            firsts = torch.arange(output.shape[0], device=output.device) * output.shape[1]
+        else:
+            firsts = packing.starts()
+        log_probs_BE = routing.router_logits.detach()[firsts]
         groups = log_probs_BE.unflatten(-1, (config.n_group, -1)).logsumexp(dim=-1).argmax(dim=-1)
         self._groups.setdefault(row, []).append(groups)
 
@@ -288,6 +291,10 @@ class _PairAgreement:
         shares = {row: float(torch.stack(values).mean()) for row, values in self._agreed.items()}
         self._agreed = {}
         return shares
+
+
+def _device(block: HagMoeSparseMLP) -> torch.device:
+    return next(block.experts.parameters()).device
 
 
 def _added(a: StepSummary, b: StepSummary) -> StepSummary:

@@ -1,0 +1,174 @@
+"""The doors of the ecosystem people come through: each encodes and trains on a mixture with its stock classes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES, TINY, spread, tiny_config
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from sentence_transformers import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+    SparseEncoder,
+    SparseEncoderTrainer,
+    SparseEncoderTrainingArguments,
+)
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
+from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
+from transformers import AutoTokenizer
+
+from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
+from hagmoe_hf.demo import parent_folder
+
+TEXTS = ["free the disk space", "Wie spät ist es?", "a recipe for lentil soup", ""]
+PAIRS = {"anchor": [f"question {i}" for i in range(8)], "positive": [f"the answer to {i}" for i in range(8)]}
+each_shape = pytest.mark.parametrize("shape", ["bert", "modernbert"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Saves a tiny model of some class and shape with a real tokenizer; what `from_pretrained` is given."""
+
+    def save(cls, shape: str, **changes):
+        # Small initial values, as a real checkpoint has them, so that three steps can lower a loss
+        torch.manual_seed(0)
+        model = cls(tiny_config(**{**SHAPES[shape], "vocab_size": 30522, **changes}))
+        model.save_pretrained(tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(parent_folder())
+        if not SHAPES[shape].get("type_vocab_size", 2):
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as ModernBERT's tokenizers have it
+        tokenizer.model_max_length = TINY["max_position_embeddings"]
+        tokenizer.save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return save
+
+
+def three_steps(trainer_class, arguments_class, model, data, loss, folder) -> list[float]:
+    """Train with the stock trainer and nothing added; the losses."""
+    arguments = arguments_class(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = trainer_class(model=model, args=arguments, train_dataset=Dataset.from_dict(data), loss=loss)
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(".router." in name for name in moved)
+    assert any(".experts." in name for name in moved)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@each_shape
+def test_sentence_transformer_encodes_and_trains(shape, folder, tmp_path):
+    """The main door; a bare model becomes a SentenceTransformer with mean pooling, as any other does."""
+    model = SentenceTransformer(folder(HagMoeModel, shape), device="cpu")
+    vectors = model.encode(TEXTS)
+    assert vectors.shape == (4, TINY["hidden_size"])
+    assert np.abs(model.encode(TEXTS, batch_size=1) - vectors).max() <= 1e-5
+    loss = MultipleNegativesRankingLoss(model)
+    losses = three_steps(
+        SentenceTransformerTrainer, SentenceTransformerTrainingArguments, model, PAIRS, loss, tmp_path / "run"
+    )
+    assert losses[-1] < losses[0]
+
+
+@each_shape
+def test_cross_encoder_ranks_and_trains(shape, folder, tmp_path):
+    """Rerankers score pairs of texts with a sequence-classification head."""
+    model = CrossEncoder(folder(HagMoeForSequenceClassification, shape, num_labels=1), device="cpu")
+    scores = model.predict([("a", text) for text in TEXTS])
+    assert scores.shape == (4,)
+    assert np.abs(model.predict([("a", text) for text in TEXTS], batch_size=1) - scores).max() <= 1e-5
+    assert [entry["corpus_id"] for entry in model.rank("a", TEXTS)]
+    data = {"query": ["same"] * 4 + ["other"] * 4, "text": ["same"] * 8, "label": [1.0] * 4 + [0.0] * 4}
+    loss = BinaryCrossEntropyLoss(model)
+    losses = three_steps(CrossEncoderTrainer, CrossEncoderTrainingArguments, model, data, loss, tmp_path / "run")
+    assert losses[-1] < losses[0]
+
+
+@each_shape
+def test_sparse_encoder_encodes_and_trains(shape, folder, tmp_path):
+    """SPLADE reads the masked-LM head: one weight for each word of the vocabulary."""
+    modules = [MLMTransformer(folder(HagMoeForMaskedLM, shape)), SpladePooling()]
+    model = SparseEncoder(modules=modules, device="cpu")
+    vectors = model.encode(TEXTS).to_dense()
+    assert vectors.shape == (4, 30522)
+    assert (model.encode(TEXTS, batch_size=1).to_dense() - vectors).abs().max() <= 1e-5
+    loss = SpladeLoss(
+        model, SparseMultipleNegativesRankingLoss(model), document_regularizer_weight=1e-6, query_regularizer_weight=1e-6
+    )
+    losses = three_steps(SparseEncoderTrainer, SparseEncoderTrainingArguments, model, PAIRS, loss, tmp_path / "run")
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
+
+
+@each_shape
+def test_token_embeddings_for_late_interaction(shape, folder):
+    """ColBERT-style models keep every token's vector, cut to the text's own length."""
+    model = SentenceTransformer(folder(HagMoeModel, shape), device="cpu")
+    together = model.encode(TEXTS[:3], output_value="token_embeddings")
+    for text, tokens in zip(TEXTS[:3], together, strict=True):
+        alone = model.encode([text], output_value="token_embeddings")[0]
+        assert tokens.shape == alone.shape
+        assert (tokens - alone).abs().max() <= 1e-5
+
+
+EXPERT_STACKS = {
+    "bert": ["experts.up_proj", "experts.down_proj"],
+    "modernbert": ["experts.gate_up_proj", "experts.down_proj"],
+}
+
+
+@each_shape
+def test_lora_attaches_to_experts_and_router_and_trains(shape, tmp_path):
+    """Stacked experts are no Linear modules, so adapters that only know those would leave the mixture untouched."""
+    base = spread(HagMoeModel(tiny_config(**SHAPES[shape])), scale=0.1)
+    ids = torch.randint(3, TINY["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(0))
+    expected = base(ids).last_hidden_state.detach()
+    lora = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "expert_gate", "group_gate"],
+        target_parameters=EXPERT_STACKS[shape],
+        modules_to_save=[],
+    )
+    model = get_peft_model(base, lora)
+    adapted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any(".experts." in name for name in adapted)
+    assert any(".router." in name for name in adapted)
+    assert all("lora_" in name for name in adapted)
+    assert (model.eval()(ids).last_hidden_state - expected).abs().max() <= 1e-5, "a fresh adapter changes nothing"
+
+    target = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(3):
+        loss = (model(ids).last_hidden_state - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0}
+    assert any(".experts." in name for name in moved)
+    assert any(".router." in name for name in moved)
+
+    trained = model(ids).last_hidden_state.detach()
+    model.save_pretrained(tmp_path)
+    fresh = spread(HagMoeModel(tiny_config(**SHAPES[shape])), scale=0.1)
+    again = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert (again(ids).last_hidden_state - trained).abs().max() <= 1e-5
