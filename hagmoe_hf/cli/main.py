@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .. import demo as demo_room
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
+from .importing import import_nomic_moe_command
+from .push import push
 
 app = typer.Typer(
     help="HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors.",
@@ -96,6 +98,10 @@ def demo(
     difference = demo_room.run(out)
     if difference > demo_room.LARGEST_DIFFERENCE:
         raise typer.Exit(1)
+
+
+app.command()(push)
+app.command("import-nomic-moe")(import_nomic_moe_command)
 
 
 def main() -> None:
