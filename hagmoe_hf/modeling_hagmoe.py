@@ -568,6 +568,23 @@ class HagMoePreTrainedModel(PreTrainedModel):
         refuse_non_finite(loaded[0] if isinstance(loaded, tuple) else loaded, source)
         return loaded
 
+    def push_to_hub(self, *args, **kwargs):  # type: ignore[override]
+        """Push as `PreTrainedModel.push_to_hub` does, with this code beside the weights, for `trust_remote_code=True`.
+
+        Only here, not whenever a model is saved: a local folder would carry code that nobody asked for.
+        """
+        had = getattr(self.config, "auto_map", None)
+        task = type(self).__name__.removeprefix("HagMoe").removeprefix("Model")
+        type(self).register_for_auto_class(f"AutoModel{task}")
+        type(self.config).register_for_auto_class("AutoConfig")
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            type(self)._auto_class = type(self.config)._auto_class = None
+            del self.config.auto_map
+            if had is not None:
+                self.config.auto_map = had
+
 
 @contextmanager
 def naming_damaged_weights(source: str) -> Iterator[None]:

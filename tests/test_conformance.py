@@ -11,9 +11,7 @@ from conformance.prepare import suite_folder
 
 ROOT = Path(__file__).parents[1]
 LEAST_PASSED = 105
-FAST = (
-    "config or roundtrip or save_load or initialization or tied or resize or signature or attention_outputs or hidden_states"
-)
+FAST = "config or roundtrip or save_load or initialization or tied or signature or attention_outputs or hidden_states"
 
 
 def run_suite(shape: str, report: Path, *options: str) -> ElementTree.Element:

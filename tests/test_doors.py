@@ -38,11 +38,11 @@ def folder(tmp_path):
     def save(cls, shape: str, **changes):
         # Small initial values, as a real checkpoint has them, so that three steps can lower a loss
         torch.manual_seed(0)
-        model = cls(tiny_config(**{**SHAPES[shape], "vocab_size": 30522, **changes}))
+        model = cls(tiny_config(**{**SHAPES[shape], "vocab_size": 30522, "hidden_dropout_prob": 0.0, **changes}))
         model.save_pretrained(tmp_path / "model")
-        tokenizer = AutoTokenizer.from_pretrained(parent_folder())
-        if not SHAPES[shape].get("type_vocab_size", 2):
-            tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as ModernBERT's tokenizers have it
+        has_types = SHAPES[shape].get("type_vocab_size", 2) > 0
+        names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + has_types]  # as each family's tokenizers have it
+        tokenizer = AutoTokenizer.from_pretrained(parent_folder(), model_input_names=names)
         tokenizer.model_max_length = TINY["max_position_embeddings"]
         tokenizer.save_pretrained(tmp_path / "model")
         return str(tmp_path / "model")
@@ -58,6 +58,8 @@ def three_steps(trainer_class, arguments_class, model, data, loss, folder) -> li
         per_device_train_batch_size=8,
         learning_rate=5e-3,
         lr_scheduler_type="constant",
+        warmup_steps=0,
+        seed=0,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

@@ -24,6 +24,7 @@ RANKS = {
     "routing_hagmoe": 0,
     "modeling_hagmoe": 1,
     "importing": 2,
+    "hub": 2,
     "upcycling": 2,
     "analysis": 3,
     "evaluation": 3,

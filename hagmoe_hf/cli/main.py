@@ -15,6 +15,8 @@ from .. import demo as demo_room
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
+from .importing import import_nomic_moe_command
+from .push import push
 
 app = typer.Typer(
     help="HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors.",
@@ -100,6 +102,8 @@ def demo(
 
 
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
+app.command()(push)
+app.command("import-nomic-moe")(import_nomic_moe_command)
 
 
 def main() -> None:

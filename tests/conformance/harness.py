@@ -38,9 +38,7 @@ SHAPES = {
         "classifier_head": "transform",
     },
 }
-BATCH_DEPENDENT = (
-    "frequencies that follow the longest text of a batch are refused: a text's vector depends on the text alone"
-)
+BATCH_DEPENDENT = "frequencies that follow the longest text of a batch are refused: vectors would depend on the batch"
 PARTIAL = "rotation of a part of each head is refused: no family needs it"
 LEARNED = "positions are learned, so there is nothing to rotate"
 SKIPPED = {
