@@ -38,7 +38,17 @@ def folder(tmp_path):
     def save(cls, shape: str, **changes):
         # Small initial values, as a real checkpoint has them, so that three steps can lower a loss
         torch.manual_seed(0)
-        model = cls(tiny_config(**{**SHAPES[shape], "vocab_size": 30522, "hidden_dropout_prob": 0.0, **changes}))
+        model = cls(
+            tiny_config(
+                **{
+                    **SHAPES[shape],
+                    "vocab_size": 30522,
+                    "hidden_dropout_prob": 0.0,
+                    "attention_probs_dropout_prob": 0.0,
+                    **changes,
+                }
+            )
+        )
         model.save_pretrained(tmp_path / "model")
         has_types = SHAPES[shape].get("type_vocab_size", 2) > 0
         names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + has_types]  # as each family's tokenizers have it
