@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from .. import demo as demo_room
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
+from .train import train
 
 app = typer.Typer(
     help="HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors.",
@@ -92,6 +93,9 @@ def demo(
     difference = demo_room.run(out)
     if difference > demo_room.LARGEST_DIFFERENCE:
         raise typer.Exit(1)
+
+
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def main() -> None:
