@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the routed experts and the router's gates, through PEFT."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -44,9 +44,11 @@ def merge_lora(encoder: PreTrainedModel) -> None:
     for name, module in list(encoder.named_modules()):
         if not isinstance(module, BaseTunerLayer) or name.endswith(".base_layer"):
             continue
-        layers: list[Any] = [module]  # adapters of several parameters of one module are nested
-        while isinstance(layers[-1], BaseTunerLayer):
-            layers.append(layers[-1]._modules["base_layer"])
+        layer: Any = module
+        layers = [layer]  # adapters of several parameters of one module are nested
+        while isinstance(layer, BaseTunerLayer):
+            layer = cast(Any, layer).base_layer
+            layers.append(layer)
         for layer in reversed(layers[:-1]):
             layer.merge()
         parent, _, child = name.rpartition(".")

@@ -123,6 +123,11 @@ class HagMoeTrainer(SentenceTransformerTrainer):
             mix_at=self.mix_at,
         )
 
+    def _save(self, output_dir=None, state_dict=None):
+        # transformers calls this on every process, sentence-transformers writes without asking which one it is on
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
+
 
 def _train_embeddings(
     options: TrainOptions, arguments: SentenceTransformerTrainingArguments, checkpoint: str | None, final: Path
