@@ -1,10 +1,12 @@
 """Masked-language-model training: from scratch with a tokenizer trained on the user's texts, or from a given model."""
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
@@ -31,6 +33,20 @@ from .output import save_whole, say, write_report
 from .parameters import freeze
 
 TOKENIZER_FOLDER = "tokenizer"
+
+
+class MaskingByContent(DataCollatorForLanguageModeling):
+    """Masks drawn from the seed and the batch itself.
+
+    Batches are collated ahead of the step that uses them, so masks from a running generator would differ after a resume. A
+    text gets other masks in other epochs, since it meets other texts there.
+    """
+
+    def torch_call(self, examples: list[Any]) -> dict[str, Any]:
+        """Pad and mask a batch."""
+        content = hashlib.sha256(repr([example["input_ids"] for example in examples]).encode()).digest()
+        self.generator = torch.Generator().manual_seed((self.seed or 0) + int.from_bytes(content[:4], "big"))
+        return super().torch_call(examples)
 
 
 def train_masked_lm(
@@ -77,7 +93,7 @@ def train_masked_lm(
         args=arguments,
         train_dataset=tokenized(rows),
         eval_dataset=tokenized(_load_texts(options, options.eval_data, 0)[0]) if options.eval_data else None,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability),
+        data_collator=MaskingByContent(tokenizer, mlm_probability=options.mlm_probability, seed=arguments.seed),
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )

@@ -11,7 +11,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from .. import sentence
 from ..files import new_folder
@@ -59,6 +59,7 @@ def train(options: TrainOptions, arguments: SentenceTransformerTrainingArguments
     if final.exists():
         say(arguments, f"{final} is there already: nothing to do.")
         return final
+    set_seed(arguments.seed)  # new weights are made before the trainer does this
     if options.objective == "mlm":
         train_masked_lm(options, arguments, callbacks(options), checkpoint, final)
     else:
