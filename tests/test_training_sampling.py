@@ -98,7 +98,7 @@ def test_two_processes_see_the_rows_of_one(tmp_path):
 
 def test_what_cannot_be_drawn_is_refused():
     """With the names that can."""
-    with pytest.raises(ValueError, match="temperature=0.5 is not possible; allowed: 1"):
+    with pytest.raises(ValueError, match=r"temperature=0.5 is not possible; allowed: 1"):
         sampler([4], temperature=0.5)
     with pytest.raises(ValueError, match=r"mix names the domain 'x'; allowed: \['d0', 'd1'\]"):
         list(sampler([4, 4], mix_at=lambda step: {"x": 1.0}))
