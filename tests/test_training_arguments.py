@@ -1,6 +1,15 @@
-import pytest
+import re
+from dataclasses import fields
+from pathlib import Path
 
+import pytest
+import yaml
+from conftest import tiny_config
+
+from hagmoe_hf import HagMoeConfig, HagMoeModel
 from hagmoe_hf.training.arguments import PRESET_FOLDER, PRESETS, TrainOptions, parse
+from hagmoe_hf.training.curriculum import read_curriculum
+from hagmoe_hf.training.parameters import encoder_parameters, value_by_pattern
 
 NEEDED = ["--model", "m", "--train_data", "x.jsonl"]
 
@@ -60,12 +69,26 @@ def test_a_mistake_in_the_file_is_named(text, message, tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_possible_model(name):
     """It is found when somebody starts a pre-training."""
-    import yaml
-
-    from hagmoe_hf import HagMoeConfig
-
     assert PRESETS == ("base", "large", "small")
     config = HagMoeConfig(**yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text()))
     assert config.sparse_layers
     options = parse(["--objective", "mlm", "--preset", name, "--train_data", "x.jsonl"])[0]
     assert options.preset == name
+
+
+def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
+    """The guide is what people copy from."""
+    guide = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    options_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "train.yaml").write_text(options_file)
+    (tmp_path / "curriculum.yaml").write_text(curriculum_file)
+    options, training = parse(["--config", str(tmp_path / "train.yaml"), "--use_cpu"])
+    assert (options.temperature, training.learning_rate) == (2, 2e-5)
+    curriculum = read_curriculum(tmp_path / "curriculum.yaml")
+    assert curriculum.ends(100) == [10, 50, 100]
+    model = HagMoeModel(tiny_config())
+    for phase in curriculum.phases:
+        value_by_pattern(list(encoder_parameters(model)), phase.learning_rates)
+    named = set(re.findall(r"--([a-z_]+)", guide)) - {"num_processes", "num_machines", "multi_gpu", "cpu"}
+    known = {field.name for kind in (type(options), type(training)) for field in fields(kind)} | {"config", "help"}
+    assert named <= known
