@@ -1,6 +1,8 @@
 """What the tests share: tiny models whose weights are spread wide enough to matter, and the real parent."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 from hagmoe_hf import HagMoeConfig, upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
@@ -107,3 +109,34 @@ def real_mixture(real_parent) -> SentenceTransformer:
 def corpus() -> list[str]:
     texts, _ = read_corpus()
     return texts
+
+
+@pytest.fixture(scope="session")
+def tiny_parent(tmp_path_factory, corpus) -> Path:
+    """The folder of a dense SentenceTransformer of a few thousand weights, whose tokenizer knows the corpus."""
+    from hagmoe_hf.training.mlm import train_tokenizer
+
+    encoder, folder = (tmp_path_factory.mktemp(name) for name in ("encoder", "parent"))
+    tokenizer = train_tokenizer(corpus, vocab_size=500)
+    tokenizer.model_max_length = TINY["max_position_embeddings"]
+    tokenizer.save_pretrained(encoder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(**{**TINY, "vocab_size": len(tokenizer)})).save_pretrained(encoder)
+    SentenceTransformer(str(encoder), device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory, corpus) -> Path:
+    """Halves of real texts as pairs, with a label that says whether they belong together, in three domains."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, corpus) if len(words) > 3]
+    with path.open("w", encoding="utf-8") as file:
+        for row, (first, second) in enumerate(halves[:240]):
+            other = second if row % 2 else halves[row - 1][1]
+            anchor, positive, negative = " ".join(first), " ".join(second), " ".join(halves[row - 1][1])
+            texts = {"anchor": anchor, "positive": positive, "negative": negative}
+            scored = {"sentence1": anchor, "sentence2": " ".join(other), "label": row % 2}
+            domain = ("docs", "code", "words")[min(row // 120 + row % 2, 2)]
+            file.write(json.dumps({"domain": domain, **texts, **scored}) + "\n")
+    return path

@@ -17,6 +17,7 @@ from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
 from .importing import import_nomic_moe_command
 from .push import push
+from .train import train
 
 app = typer.Typer(
     help="HAG-MoE: turn a dense text encoder into a mixture of experts with the same vectors.",
@@ -104,6 +105,7 @@ def demo(
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
 app.command()(push)
 app.command("import-nomic-moe")(import_nomic_moe_command)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def main() -> None:

@@ -1,0 +1,12 @@
+"""`hagmoe train`: hands its words to the training room, whose options are the trainer's as well."""
+
+import typer
+
+
+def train(context: typer.Context) -> None:
+    """Train a model: embeddings or masked language modelling, from options and a YAML file; --help lists all options."""
+    try:
+        from ..training.run import main
+    except ModuleNotFoundError as error:
+        raise ImportError(f"Training needs {error.name}: pip install hagmoe_hf[train]") from error
+    main(context.args)

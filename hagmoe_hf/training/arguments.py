@@ -1,0 +1,199 @@
+"""The train command's options: a dataclass beside the trainer's own, from defaults, a YAML file and the command line."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import HfArgumentParser
+
+from .losses import LOSSES
+
+OBJECTIVES = ("embedding", "mlm")
+PRESET_FOLDER = Path(__file__).parent / "presets"
+PRESETS = tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
+LORA_TARGETS = ("experts", "router")
+
+
+def _help(text: str, **more: Any) -> dict[str, Any]:
+    return {"help": text, **more}
+
+
+@dataclass
+class TrainOptions:
+    """What to train, on what and how; the trainer's own settings are `SentenceTransformerTrainingArguments`.
+
+    Raises:
+        ValueError: Options that are not possible, alone or together; the message names option, value and what is allowed.
+    """
+
+    model: str | None = field(
+        default=None, metadata=_help("Folder or Hub id: a HAG-MoE, or a dense model, which is upcycled first.")
+    )
+    objective: str = field(
+        default="embedding", metadata=_help("Train text embeddings, or a masked language model.", choices=OBJECTIVES)
+    )
+    train_data: list[str] = field(
+        default_factory=list, metadata=_help("Files (.parquet, .jsonl, .csv), or names for datasets.load_dataset.")
+    )
+    train_split: str = field(default="train", metadata=_help("The split of datasets.load_dataset."))
+    eval_data: list[str] = field(
+        default_factory=list, metadata=_help("As train_data, for the loss on data that is not trained on.")
+    )
+    columns: list[str] = field(
+        default_factory=list, metadata=_help("Text columns in the loss's order; by default those that fit the loss.")
+    )
+    label_column: str | None = field(default=None, metadata=_help("Column of numbers; 'label' for losses that need one."))
+    domain_column: str | None = field(default=None, metadata=_help("Column of names; each becomes a dataset of its own."))
+    where: list[str] = field(default_factory=list, metadata=_help("COLUMN=VALUE that rows must have, such as split=train."))
+    max_rows: int | None = field(default=None, metadata=_help("Train on a random sample of so many rows."))
+    temperature: float = field(
+        default=1.0, metadata=_help("T of the domains' weights n^(1/T): 1 in proportion, inf uniform.")
+    )
+    one_domain_batches: bool = field(default=True, metadata=_help("Make each batch of one domain, instead of rows of all."))
+
+    loss: str = field(default="multiple_negatives_ranking", metadata=_help("The loss.", choices=tuple(LOSSES)))
+    loss_options: str | None = field(default=None, metadata=_help('Its keyword arguments as JSON, such as {"scale": 20}.'))
+    matryoshka_dims: list[int] = field(default_factory=list, metadata=_help("Widths at which the loss is taken as well."))
+    teacher: str | None = field(default=None, metadata=_help("Folder or Hub id of the teacher, for the distill losses."))
+
+    sparse_layers: list[int] = field(
+        default_factory=list, metadata=_help("Upcycling: layers that become mixtures; every second one but the last.")
+    )
+    n_group: int = field(default=4, metadata=_help("Upcycling: expert groups."))
+    num_experts: int = field(default=8, metadata=_help("Upcycling: routed experts per sparse layer."))
+    num_experts_per_tok: int = field(default=1, metadata=_help("Upcycling: routed experts that each token passes."))
+    topk_group: int = field(default=1, metadata=_help("Upcycling: groups that stay open for a text."))
+    shared_expert_fraction: float = field(
+        default=0.5, metadata=_help("Upcycling: share of neurons that every token passes.")
+    )
+    group_routing: str = field(
+        default="sequence", metadata=_help("Upcycling: who opens groups.", choices=("sequence", "token"))
+    )
+    combine_rule: str = field(
+        default="selection", metadata=_help("Upcycling: weights of experts.", choices=("selection", "normalized"))
+    )
+
+    balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
+    bias_update_rate: float = field(default=0.02, metadata=_help("Step of the balancing bias."))
+    aux_loss_coef: float = field(default=0.0, metadata=_help("Coefficient of the load-balance term."))
+    z_loss_coef: float = field(default=0.0, metadata=_help("Coefficient of the router z-loss."))
+    curriculum: str | None = field(default=None, metadata=_help("YAML file of phases."))
+    freeze: list[str] = field(
+        default_factory=list, metadata=_help("Patterns of encoder parameters to hold still, such as 'embeddings.*'.")
+    )
+    lora_rank: int = field(
+        default=0, metadata=_help("Train low-rank adapters of this rank instead of the weights; 0 for none.")
+    )
+    lora_alpha: float = field(default=16.0, metadata=_help("The adapters' scale is lora_alpha / lora_rank."))
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata=_help("What gets adapters.", choices=LORA_TARGETS)
+    )
+
+    preset: str | None = field(
+        default=None, metadata=_help("mlm: size of a model from scratch, instead of a model.", choices=PRESETS)
+    )
+    vocab_size: int = field(
+        default=30522, metadata=_help("mlm: size of the tokenizer that is trained on the texts of a model from scratch.")
+    )
+    mlm_probability: float = field(default=0.3, metadata=_help("mlm: share of tokens that are masked."))
+    max_length: int | None = field(default=None, metadata=_help("Longest text in tokens; the model's own where not given."))
+    resume: bool = field(default=False, metadata=_help("Go on from the newest whole checkpoint in output_dir."))
+
+    def __post_init__(self):
+        _require(isinstance(self.loss_keywords, dict), "loss_options", self.loss_options, "a JSON object")
+        for name, allowed in (("objective", OBJECTIVES), ("loss", LOSSES), ("preset", (None, *PRESETS))):
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
+        _require(bool(self.train_data), "train_data", self.train_data, "at least one file or dataset name")
+        _require(self.temperature >= 1, "temperature", self.temperature, "1 (in proportion) or more")
+        _require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
+        _require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "a share between 0 and 1")
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
+        for condition in self.where:
+            _require("=" in condition, "where", condition, "COLUMN=VALUE")
+        from_scratch = self.objective == "mlm" and self.model is None
+        _require(bool(self.model) or from_scratch, "model", self.model, "a folder or Hub id")
+        _require(
+            (self.preset is not None) == from_scratch,
+            "preset",
+            self.preset,
+            f"one of {list(PRESETS)} for mlm without a model",
+        )
+        needs_teacher = self.objective == "embedding" and LOSSES[self.loss].needs_teacher
+        _require(
+            (self.teacher is not None) == needs_teacher,
+            "teacher",
+            self.teacher,
+            f"a folder or Hub id for loss={self.loss!r}" if needs_teacher else "None with this loss or objective",
+        )
+        if self.lora_rank and self.objective == "mlm":
+            _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
+
+    @property
+    def loss_keywords(self) -> dict[str, Any]:
+        """`loss_options` as a dictionary; a YAML file holds one already."""
+        if not isinstance(self.loss_options, str):
+            return {} if self.loss_options is None else self.loss_options
+        try:
+            return json.loads(self.loss_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"loss_options={self.loss_options!r} is not possible; allowed: a JSON object.") from error
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """`where` as column -> value."""
+        return dict(condition.split("=", 1) for condition in self.where)
+
+    @property
+    def upcycling(self) -> dict[str, Any]:
+        """The options of `upcycle`."""
+        names = ("n_group", "num_experts", "num_experts_per_tok", "topk_group", "shared_expert_fraction")
+        options = {name: getattr(self, name) for name in (*names, "group_routing", "combine_rule")}
+        return {"sparse_layers": self.sparse_layers or None, **options}
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTrainingArguments]:
+    """Read options: the command line overrides the YAML file of `--config`, which overrides defaults.
+
+    Args:
+        arguments: What follows the command's name.
+
+    Raises:
+        ValueError: An option that does not exist in the YAML file, or a value that is not possible.
+        OSError: The YAML file cannot be read.
+        SystemExit: argparse refused the command line, or was asked for help.
+    """
+    kinds: Any = [TrainOptions, SentenceTransformerTrainingArguments]
+    usage = "hagmoe train [--config FILE] [--OPTION VALUE ...]"
+    parser = HfArgumentParser(kinds, usage=usage, description="Train a HAG-MoE.")
+    parser.add_argument("--config", help="YAML file with any of the options below.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(list(arguments))[0].config
+    if config:
+        parser.set_defaults(**_read_config(config))
+    options, training = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[:2]
+    return options, training
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={path} is not YAML ({error}); allowed: a YAML mapping of options.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config={path} is not a mapping; allowed: a YAML mapping of options.")
+    known = {f.name for kind in (TrainOptions, SentenceTransformerTrainingArguments) for f in fields(kind) if f.init}
+    for name in content:
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {name!r}; allowed: {', '.join(sorted(known))}.")
+    return content  # argparse converts texts, such as the 2e-5 that YAML 1.1 does not read as a number
+
+
+def _require(holds: bool, option: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{option}={value!r} is not possible; allowed: {allowed}.")

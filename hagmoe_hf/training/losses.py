@@ -1,0 +1,145 @@
+"""Losses by name, all of them sentence-transformers' but one: similarities of a batch as a teacher sees them."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses as library
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import LABEL
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """What a loss is made of and what it wants.
+
+    Attributes:
+        make: Called with the model and the user's options.
+        columns: Text columns by default.
+        needs_label: Whether rows carry a number.
+        compares_rows: Whether a row's loss depends on the other rows of its batch.
+        needs_teacher: Whether labels are a teacher's vectors.
+    """
+
+    make: Callable[..., nn.Module]
+    columns: tuple[str, ...]
+    needs_label: bool = False
+    compares_rows: bool = False
+    needs_teacher: bool = False
+
+
+class SimilarityDistillationLoss(nn.Module):
+    """KL divergence from a teacher's to the student's distribution over the other columns' texts of the batch.
+
+    Each text of the first column is compared with every text of the others; a softmax over these cosines, divided by
+    `temperature`, is what the student imitates (arXiv 2010.11386, with in-batch candidates).
+
+    Args:
+        model: The student.
+        temperature: Divides the cosines; over 0.
+    """
+
+    def __init__(self, model: SentenceTransformer, temperature: float = 0.05):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            sentence_features: For each of C columns the tokenised texts of B rows.
+            labels: (B, C, D of the teacher), the teacher's vectors.
+        """
+        student = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        student_log_probs = self._log_probs(student[0], torch.cat(student[1:]))
+        teacher = labels.to(student[0].dtype).unbind(1)
+        teacher_log_probs = self._log_probs(teacher[0], torch.cat(teacher[1:]))
+        return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+
+    def _log_probs(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """(B, D) and (N, D) -> (B, N)."""
+        cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T
+        return (cosines / self.temperature).log_softmax(dim=-1)
+
+
+PAIR, SCORED_PAIR = ("anchor", "positive"), ("sentence1", "sentence2")
+LOSSES: dict[str, LossKind] = {
+    "multiple_negatives_ranking": LossKind(library.MultipleNegativesRankingLoss, PAIR, compares_rows=True),
+    "cached_multiple_negatives_ranking": LossKind(library.CachedMultipleNegativesRankingLoss, PAIR, compares_rows=True),
+    "cosent": LossKind(library.CoSENTLoss, SCORED_PAIR, needs_label=True, compares_rows=True),
+    "triplet": LossKind(library.TripletLoss, (*PAIR, "negative")),
+    "contrastive": LossKind(library.ContrastiveLoss, SCORED_PAIR, needs_label=True),
+    "cosine_similarity": LossKind(library.CosineSimilarityLoss, SCORED_PAIR, needs_label=True),
+    "distill_mse": LossKind(library.MSELoss, PAIR, needs_teacher=True),
+    "distill_kl": LossKind(SimilarityDistillationLoss, PAIR, compares_rows=True, needs_teacher=True),
+}
+
+
+def build_loss(
+    name: str,
+    model: SentenceTransformer,
+    options: Mapping[str, Any] | None = None,
+    matryoshka_dims: Sequence[int] | None = None,
+) -> nn.Module:
+    """Make a loss.
+
+    Args:
+        name: A key of `LOSSES`.
+        model: The model to train.
+        options: Keyword arguments of the loss class.
+        matryoshka_dims: Widths at which the loss is taken as well, each in [1, D] (arXiv 2205.13147); None for none.
+
+    Raises:
+        ValueError: An option that the loss does not have, or a width that the model does not have.
+    """
+    options = dict(options or {})
+    make = LOSSES[name].make
+    allowed = [parameter for parameter in inspect.signature(make).parameters if parameter not in ("self", "model")]
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"loss_options of {name} has {option!r}; allowed: {allowed}.")
+    loss = make(model, **options)
+    if not matryoshka_dims:
+        return loss
+    if LOSSES[name].needs_teacher:
+        raise ValueError(f"matryoshka_dims={list(matryoshka_dims)} with loss={name!r}; allowed: losses without a teacher.")
+    width = model.get_embedding_dimension() or 0
+    if not all(isinstance(dim, int) and 1 <= dim <= width for dim in matryoshka_dims):
+        raise ValueError(f"matryoshka_dims={list(matryoshka_dims)} is not possible; allowed: numbers from 1 to {width}.")
+    return library.MatryoshkaLoss(model, loss, matryoshka_dims=list(matryoshka_dims))
+
+
+def with_teacher_vectors(
+    datasets: DatasetDict, teacher: SentenceTransformer, name: str, width: int, batch_size: int
+) -> DatasetDict:
+    """Add a teacher's vectors of every text as `label`, (columns, D of the teacher) per row.
+
+    Args:
+        datasets: Domain -> dataset of texts.
+        teacher: Encodes them once, before training.
+        name: The loss that is going to use them.
+        width: D of the student.
+        batch_size: Texts at a time.
+
+    Raises:
+        ValueError: distill_mse with a teacher of another width.
+    """
+    teacher_width = teacher.get_embedding_dimension()
+    if name == "distill_mse" and teacher_width != width:
+        raise ValueError(
+            f"loss='distill_mse' with a teacher of width {teacher_width} and a student of {width}; allowed: equal widths, "
+            "or loss='distill_kl'."
+        )
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        vectors = [teacher.encode(texts, batch_size=batch_size, show_progress_bar=False) for texts in batch.values()]
+        return {LABEL: [list(row) for row in zip(*vectors, strict=True)]}
+
+    return datasets.map(encode, batched=True, batch_size=8 * batch_size, desc="Teacher")

@@ -1,0 +1,84 @@
+"""The folder of a run: where to begin in it, and how the trained model appears in it whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..files import new_folder
+from .card import trained_card
+from .data import DataReport
+
+MODEL_FOLDER = "model"
+DATA_REPORT = "data_report.json"
+
+
+def where_to_begin(arguments: TrainingArguments, resume: bool) -> str | None:
+    """The newest whole checkpoint of an interrupted run, None to start anew.
+
+    Args:
+        arguments: Its `output_dir` is looked at. A checkpoint that a killed process left half written is set aside there as
+            `.incomplete-*`; nothing is deleted.
+        resume: Whether there may be something already.
+
+    Raises:
+        FileExistsError: `output_dir` holds something, and `resume` is False.
+    """
+    output = Path(str(arguments.output_dir))
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if not resume:
+        raise FileExistsError(
+            f"output_dir={output} is not empty; allowed: a new name, an empty folder, or --resume to go on with it."
+        )
+    while checkpoint := get_last_checkpoint(str(output)):
+        if _is_whole(Path(checkpoint)):
+            return checkpoint
+        os.replace(checkpoint, output / f".incomplete-{Path(checkpoint).name}-{os.getpid()}")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer's state, which is written last, is there and readable."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def write_report(arguments: TrainingArguments, report: DataReport) -> None:
+    """Show what was read, and keep it as `data_report.json`."""
+    say(arguments, str(report))
+    if arguments.should_save:
+        path = Path(str(arguments.output_dir)) / DATA_REPORT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.__dict__, indent=2) + "\n", encoding="utf-8")
+
+
+def save_whole(arguments: TrainingArguments, folder: Path, save: Callable[[str], None], report: DataReport) -> None:
+    """Save a model so that `folder` appears whole or not at all; every process must call it.
+
+    Args:
+        arguments: Of the trainer.
+        folder: The new folder.
+        save: Writes into the folder it is given; on other processes than the first it may only take part.
+        report: What was read, for the card.
+    """
+    if not arguments.should_save:
+        save(str(folder))
+        return
+    with new_folder(folder) as partial:
+        save(str(partial))
+        card = partial / "README.md"
+        card.write_text(trained_card(card.read_text(encoding="utf-8"), report), encoding="utf-8")
+    say(arguments, f"Written: {folder}")
+
+
+def say(arguments: TrainingArguments, text: str) -> None:
+    """Print on the first process."""
+    if arguments.should_save:
+        print(text, flush=True)

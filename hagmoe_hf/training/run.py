@@ -1,0 +1,234 @@
+"""The train command: from options to a folder that holds a model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import PartialState
+from datasets import DatasetDict
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from transformers import TrainerCallback, set_seed
+
+from .. import sentence
+from ..files import new_folder
+from ..modeling_hagmoe import HagMoePreTrainedModel
+from ..upcycling import upcycle
+from .arguments import TrainOptions, parse
+from .card import CardCallback
+from .curriculum import CurriculumCallback, read_curriculum
+from .data import DataReport, load_rows, refuse_too_small
+from .lora import add_lora, merge_lora
+from .losses import LOSSES, build_loss, with_teacher_vectors
+from .mlm import train_masked_lm
+from .output import MODEL_FOLDER, save_whole, say, where_to_begin, write_report
+from .parameters import freeze
+from .sampling import DomainBatchSampler
+
+BASE_FOLDER = "base"  # what adapters are for, where the model was upcycled in this run
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the command line says; a mistake raises what `parse` and `train` raise."""
+    train(*parse(arguments))
+
+
+def train(options: TrainOptions, arguments: SentenceTransformerTrainingArguments) -> Path:
+    """Train a model and save it.
+
+    Args:
+        options: What to train, on what and how.
+        arguments: The trainer's settings; `output_dir` is a new or empty folder, or with `resume` one that this function
+            wrote. It receives the checkpoints, `data_report.json` and, last, `model/`.
+
+    Returns:
+        The folder of the trained model, a `SentenceTransformer`.
+
+    Raises:
+        FileExistsError: `output_dir` holds something already.
+        ValueError: Options, data or model that do not fit together.
+        ImportError: An optional library is missing.
+    """
+    final = Path(str(arguments.output_dir)) / MODEL_FOLDER
+    with arguments.main_process_first(desc="looking at output_dir"):
+        checkpoint = where_to_begin(arguments, options.resume)
+    PartialState().wait_for_everyone()  # before the first process writes there
+    if final.exists():
+        say(arguments, f"{final} is there already: nothing to do.")
+        return final
+    set_seed(arguments.seed)  # new weights are made before the trainer does this
+    if options.objective == "mlm":
+        train_masked_lm(options, arguments, callbacks(options), checkpoint, final)
+    else:
+        _train_embeddings(options, arguments, checkpoint, final)
+    return final
+
+
+def callbacks(options: TrainOptions) -> list[TrainerCallback]:
+    """The callbacks that the options ask for."""
+    wanted: list[TrainerCallback] = []
+    router_callback = None
+    if options.balance:
+        from .router_callback import RouterCallback
+
+        router_callback = RouterCallback(
+            bias_update_rate=options.bias_update_rate,
+            aux_loss_coef=options.aux_loss_coef,
+            z_loss_coef=options.z_loss_coef,
+        )
+        wanted.append(router_callback)
+    if options.curriculum:  # first, so that a phase is in force when its first step begins for the others
+        wanted.insert(0, CurriculumCallback(read_curriculum(options.curriculum), router_callback))
+    return wanted
+
+
+class HagMoeTrainer(SentenceTransformerTrainer):
+    """The stock trainer, with rows of several domains in an order that a resumed run finds again.
+
+    Args:
+        temperature: As for `DomainBatchSampler`.
+        one_domain_batches: As for `DomainBatchSampler`.
+        mix_at: As for `DomainBatchSampler`.
+        kwargs: As for `SentenceTransformerTrainer`; `train_dataset` is a `DatasetDict`.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        one_domain_batches: bool,
+        mix_at: Callable[[int], Mapping[str, float] | None] | None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.temperature = temperature
+        self.one_domain_batches = one_domain_batches
+        self.mix_at = mix_at
+
+    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
+        """The sampler of the training rows (evaluation goes domain by domain and never asks)."""
+        return DomainBatchSampler(
+            dataset,
+            batch_samplers,
+            generator,
+            seed,
+            domains=list(cast(DatasetDict, self.train_dataset)),
+            temperature=self.temperature,
+            one_domain_batches=self.one_domain_batches,
+            steps_done=lambda: self.state.global_step,
+            batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
+            processes=self.args.world_size,
+            mix_at=self.mix_at,
+        )
+
+    def _save(self, output_dir=None, state_dict=None):
+        # transformers calls this on every process, sentence-transformers writes without asking which one it is on
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
+
+
+def _train_embeddings(
+    options: TrainOptions, arguments: SentenceTransformerTrainingArguments, checkpoint: str | None, final: Path
+) -> None:
+    if not options.one_domain_batches and arguments.batch_sampler != "batch_sampler":
+        raise ValueError(
+            f"batch_sampler={str(arguments.batch_sampler)!r} with one_domain_batches=False; allowed: 'batch_sampler', or "
+            "batches of one domain."
+        )
+    model = _load_model(options, arguments, final.parent)
+    wanted = callbacks(options)
+    curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
+
+    train_data, report = _load_data(options, arguments, options.train_data, max_rows=options.max_rows)
+    write_report(arguments, report)
+    kind = LOSSES[options.loss]
+    refuse_too_small(train_data, arguments.train_batch_size, arguments.dataloader_drop_last, kind.compares_rows)
+    _refuse_unknown_domains(curriculum, train_data)
+    eval_data = None
+    if options.eval_data:
+        eval_data, eval_report = _load_data(options, arguments, options.eval_data, max_rows=None)
+        say(arguments, f"For evaluation: {eval_report}")
+    if options.teacher:
+        teacher = sentence.load(options.teacher, device=str(arguments.device))
+        width = model.get_embedding_dimension() or 0
+        train_data, eval_data = (
+            data and with_teacher_vectors(data, teacher, options.loss, width, arguments.train_batch_size)
+            for data in (train_data, eval_data)
+        )
+
+    trainer = HagMoeTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        loss=build_loss(options.loss, model, options.loss_keywords, options.matryoshka_dims),
+        callbacks=[*wanted, CardCallback(report)],
+        temperature=options.temperature,
+        one_domain_batches=options.one_domain_batches,
+        mix_at=curriculum.mix_at if curriculum else None,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if options.lora_rank:
+        merge_lora(sentence.encoder_of(model))
+    save_whole(arguments, final, trainer.save_model, report)
+
+
+def _load_data(
+    options: TrainOptions, arguments: SentenceTransformerTrainingArguments, sources: list[str], max_rows: int | None
+) -> tuple[DatasetDict, DataReport]:
+    kind = LOSSES[options.loss]
+    return load_rows(
+        sources,
+        options.columns or kind.columns,
+        label_column=(options.label_column or "label") if kind.needs_label else None,
+        domain_column=options.domain_column,
+        where=options.conditions,
+        split=options.train_split,
+        max_rows=max_rows,
+        seed=arguments.seed,
+    )
+
+
+def _refuse_unknown_domains(curriculum: CurriculumCallback | None, train_data: DatasetDict) -> None:
+    for phase in curriculum.curriculum.phases if curriculum else ():
+        unknown = sorted(set(phase.mix or {}) - set(train_data))
+        if unknown:
+            raise ValueError(
+                f"Phase {phase.name!r}: mix names the domain {unknown[0]!r}; allowed: {sorted(train_data)} (from "
+                "domain_column)."
+            )
+
+
+def _load_model(options: TrainOptions, arguments: SentenceTransformerTrainingArguments, output: Path) -> SentenceTransformer:
+    """The mixture to train, frozen and adapted as wanted."""
+    assert options.model is not None
+    model = sentence.load(options.model, device=str(arguments.device))
+    if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
+        model = upcycle(model, seed=arguments.seed, **options.upcycling)
+        say(arguments, str(model.upcycling_report))
+        if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
+            model = _saved_base(model, arguments, output / BASE_FOLDER)
+    if options.max_length is not None:
+        longest = sentence.encoder_of(model).config.max_position_embeddings
+        if not 3 <= options.max_length <= longest:
+            raise ValueError(f"max_length={options.max_length} is not possible; allowed: 3 to {longest}.")
+        model.max_seq_length = options.max_length
+    if options.lora_rank:
+        add_lora(sentence.encoder_of(model), options.lora_rank, options.lora_alpha, options.lora_targets)
+    if options.freeze:
+        frozen = freeze(model, options.freeze)
+        say(arguments, f"Frozen: {len(frozen)} parameters")
+    return model
+
+
+def _saved_base(
+    model: SentenceTransformer, arguments: SentenceTransformerTrainingArguments, base: Path
+) -> SentenceTransformer:
+    with arguments.main_process_first(desc="saving the upcycled model"):
+        if arguments.should_save and not base.exists():
+            with new_folder(base) as folder:
+                model.save_pretrained(str(folder))
+    return sentence.load(str(base), device=str(arguments.device))

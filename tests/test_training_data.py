@@ -1,0 +1,135 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from hagmoe_hf.training.data import load_rows, refuse_too_small
+
+GOOD = [
+    {"domain": "a", "anchor": "one", "positive": "eins", "label": 1, "split": "train"},
+    {"domain": "b", "anchor": "zwei", "positive": "2", "label": 0.5, "split": "train"},
+    {"domain": "a", "anchor": "drei\u2028vier", "positive": "日本", "label": 0, "split": "dev"},
+]
+PAIR = ("anchor", "positive")
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        Dataset.from_list(rows).to_csv(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_every_format_gives_the_same_rows(suffix, tmp_path):
+    """Whoever converts a file must not train on something else."""
+    rows, report = load_rows([write(tmp_path / f"x{suffix}", GOOD)], PAIR, label_column="label", domain_column="domain")
+    assert list(rows) == ["a", "b"]
+    assert rows["a"][:] == {"anchor": ["one", "drei\u2028vier"], "positive": ["eins", "日本"], "label": [1.0, 0.0]}
+    assert rows["a"].column_names == ["anchor", "positive", "label"]
+    assert (report.read, report.kept, report.skipped) == (3, 3, {})
+    assert report.domains == {"a": 2, "b": 1}
+
+
+def test_a_saved_dataset_is_read_through_datasets(tmp_path):
+    """A folder or name goes to `datasets.load_dataset`."""
+    write(tmp_path / "train.jsonl", GOOD)
+    rows, _ = load_rows([str(tmp_path)], PAIR)
+    assert rows["train"]["anchor"] == [row["anchor"] for row in GOOD]
+
+
+def test_rows_are_filtered_and_sampled_repeatably(tmp_path):
+    """The kit's pairs hold their dev rows in the same file."""
+    source = write(tmp_path / "x.parquet", GOOD * 20)
+    rows, report = load_rows([source], PAIR, where={"split": "train"}, max_rows=7, seed=1)
+    assert (report.read, report.kept) == (40, 7)
+    assert set(rows["train"]["anchor"]) <= {"one", "zwei"}
+    assert rows["train"][:] == load_rows([source], PAIR, where={"split": "train"}, max_rows=7, seed=1)[0]["train"][:]
+    assert rows["train"][:] != load_rows([source], PAIR, where={"split": "train"}, max_rows=7, seed=2)[0]["train"][:]
+
+
+def test_bad_rows_are_counted_told_and_left_out(tmp_path):
+    """One bad line among a million must neither stop a run nor slip into it."""
+    path = tmp_path / "x.jsonl"
+    bad = [
+        {"anchor": "", "positive": "x", "label": 1},
+        {"anchor": "  \n", "positive": "x", "label": 1},
+        {"anchor": "x", "label": 1},
+        {"anchor": "x", "positive": 7, "label": 1},
+        {"anchor": "x", "positive": "x", "label": None},
+        {"anchor": "x", "positive": "x", "label": float("nan")},
+        {"anchor": "x", "positive": "x", "label": "many"},
+        {"anchor": "x", "positive": "\ud800", "label": 1},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in [*GOOD, *bad])
+    path.write_bytes(text.encode() + b'{"anchor": "caf\xe9", "positive": "x", "label": 1}\n{"anchor": \n[1, 2]\n\n')
+    rows, report = load_rows([str(path)], PAIR, label_column="label")
+    assert rows["train"]["anchor"] == [row["anchor"] for row in GOOD]
+    assert report.skipped == {
+        "anchor is empty": 2,
+        "positive is empty": 1,
+        "positive is not a text": 1,
+        "label is not a number": 2,
+        "label is NaN or infinite": 1,
+        "positive is not UTF-8": 1,
+        "anchor is not UTF-8": 1,
+        "not a JSON object": 2,
+    }
+    assert report.read == report.kept + sum(report.skipped.values()) == 14
+    assert "skipped 2: anchor is empty" in str(report)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_bytes_that_are_not_utf8_are_skipped_in_other_formats_too(suffix, tmp_path):
+    """A file may say that it is UTF-8 and not be."""
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".csv":
+        path.write_bytes(b"\xef\xbb\xbfanchor,positive\none,eins\ncaf\xe9,x\n")
+    else:
+        raw = pa.array([b"one", b"caf\xe9"]).cast(pa.binary())
+        texts = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+        pq.write_table(pa.table({"anchor": texts, "positive": pa.array(["eins", "x"])}), path)
+    rows, report = load_rows([str(path)], PAIR)
+    assert rows["train"]["anchor"] == ["one"]
+    assert report.skipped == {"anchor is not UTF-8": 1}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_a_missing_column_is_named_beside_those_that_are_there(suffix, tmp_path):
+    """The usual first mistake with somebody else's file."""
+    source = write(tmp_path / f"x{suffix}", GOOD)
+    with pytest.raises(ValueError, match=r"has no column 'query'; allowed: its columns \['domain', 'anchor'"):
+        load_rows([source], ("query", "positive"))
+
+
+def test_sources_that_cannot_be_are_refused(tmp_path):
+    """With the file's name, since there may be many."""
+    (tmp_path / "x.tsv").write_text("a\tb")
+    empty = write(tmp_path / "x.jsonl", [{"anchor": "", "positive": "x"}])
+    with pytest.raises(FileNotFoundError, match=r"gone.csv is not there"):
+        load_rows([str(tmp_path / "gone.csv")], PAIR)
+    with pytest.raises(ValueError, match=r"x.tsv has an unknown ending; allowed: files ending in .parquet, .jsonl, .csv"):
+        load_rows([str(tmp_path / "x.tsv")], PAIR)
+    with pytest.raises(ValueError, match=r"No row is left of 1 in .*x.jsonl .*'anchor is empty': 1"):
+        load_rows([empty], PAIR)
+
+
+def test_a_very_long_text_is_read_from_csv(tmp_path):
+    """The csv module's own limit is 131,072 characters."""
+    rows, _ = load_rows([write(tmp_path / "x.csv", [{"anchor": "word " * 60_000, "positive": "x"}])], PAIR)
+    assert len(rows["train"]["anchor"][0]) == 300_000
+
+
+def test_too_few_rows_are_refused_with_their_number():
+    """A dropped last batch, or a row without others to compare with, trains on nothing and says nothing."""
+    data = {"a": range(20), "b": range(1)}
+    with pytest.raises(ValueError, match=r"Domain 'b' has 1 row.*at least 2 rows"):
+        refuse_too_small(data, batch_size=8, drop_last=False, needs_two=True)
+    with pytest.raises(ValueError, match=r"Domain 'b' has 1 row.*at least per_device_train_batch_size=8 rows"):
+        refuse_too_small(data, batch_size=8, drop_last=True, needs_two=False)
+    refuse_too_small(data, batch_size=8, drop_last=False, needs_two=False)
