@@ -82,7 +82,7 @@ def import_nomic_moe(name_or_path: str | os.PathLike, allow_key_mismatch: bool =
     with naming_damaged_weights(str(folder)):
         weights, left_over = _rename(load_file(folder / "model.safetensors"), config)
     model = HagMoeModel(config)
-    known = model.state_dict()
+    known = dict(model.named_parameters())  # the balancing biases are buffers, and start at 0
     missing = sorted(known.keys() - weights.keys())
     left_over += sorted(weights.keys() - known.keys())
     if missing or left_over:
