@@ -79,7 +79,9 @@ class TrainOptions:
     )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
-    bias_update_rate: float = field(default=0.02, metadata=_help("Step of the balancing bias."))
+    bias_update_rate: float | None = field(
+        default=None, metadata=_help("Step of the balancing bias; RouterCallback's own where not given.")
+    )
     aux_loss_coef: float = field(default=0.0, metadata=_help("Coefficient of the load-balance term."))
     z_loss_coef: float = field(default=0.0, metadata=_help("Coefficient of the router z-loss."))
     curriculum: str | None = field(default=None, metadata=_help("YAML file of phases."))

@@ -74,11 +74,8 @@ def callbacks(options: TrainOptions) -> list[TrainerCallback]:
     if options.balance:
         from .router_callback import RouterCallback
 
-        router_callback = RouterCallback(
-            bias_update_rate=options.bias_update_rate,
-            aux_loss_coef=options.aux_loss_coef,
-            z_loss_coef=options.z_loss_coef,
-        )
+        rate = {} if options.bias_update_rate is None else {"bias_update_rate": options.bias_update_rate}
+        router_callback = RouterCallback(**rate, aux_loss_coef=options.aux_loss_coef, z_loss_coef=options.z_loss_coef)
         wanted.append(router_callback)
     if options.curriculum:  # first, so that a phase is in force when its first step begins for the others
         wanted.insert(0, CurriculumCallback(read_curriculum(options.curriculum), router_callback))
