@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..version import __version__
 from .items import Items, items_of
 from .models import Candidate
 from .mteb_api import AbsTask, AbsTaskAggregate, AbsTaskRetrieval, mteb
 from .tasks import CODES, domain
 
+MADE_BY = f"mteb {mteb.__version__}, hagmoe_hf {__version__}"  # another version may score otherwise
 _ENGLISH = "eng-Latn"
 
 
@@ -35,7 +37,7 @@ class TaskScore:
         model: Fingerprint of the model.
         task: mteb's name of the task.
         revision: Of the task's data.
-        mteb_version: That computed it.
+        made_by: Versions of mteb and of this package, which computed it.
         type: mteb's type, like "Retrieval".
         domain: What the texts are about.
         metric: mteb's name of the main score.
@@ -49,7 +51,7 @@ class TaskScore:
     model: str
     task: str
     revision: str
-    mteb_version: str
+    made_by: str
     type: str
     domain: str
     metric: str
@@ -114,10 +116,10 @@ def _score_once(candidate: Candidate, task: AbsTask, output: Path, batch_size: i
     path = output / "scores" / candidate.fingerprint[:16] / f"{task.metadata.name}.json"
     if path.is_file():
         stored = _read(path)
-        if (stored.model, stored.revision, stored.mteb_version) == (
+        if (stored.model, stored.revision, stored.made_by) == (
             candidate.fingerprint,
             task.metadata.revision,
-            mteb.__version__,
+            MADE_BY,
         ):
             return stored
     score = _run(candidate, task, batch_size)
@@ -167,7 +169,7 @@ def _run(candidate: Candidate, task: AbsTask, batch_size: int) -> TaskScore:
         model=candidate.fingerprint,
         task=task.metadata.name,
         revision=task.metadata.revision,
-        mteb_version=mteb.__version__,
+        made_by=MADE_BY,
         type=task.metadata.type,
         domain=domain(task),
         metric=task.metadata.main_score,

@@ -94,9 +94,7 @@ def local_task(kit_set: KitSet, seed: int = 42) -> AbsTask:
     if kit_set.kind == "retrieval":
         attributes["query_languages"] = {row["_id"]: row["lang"] for row in kit_set.read()["queries"] if "lang" in row}
     if kit_set.kind == "clustering":
-        # All texts, and as many draws with replacement per experiment: each experiment is then a bootstrap sample
-        size = len(kit_set.read()["test"])
-        attributes |= {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size}
+        attributes["max_fraction_of_documents_to_embed"] = None  # mteb's default is a 25th: too few texts here
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # mteb 2 asks new reranking tasks to be retrieval tasks
         return type(kit_set.name, (LocalTask, base), attributes)(seed=seed)
