@@ -5,7 +5,7 @@ The shape switches cover the encoder families people run: BERT (the defaults), R
 This file travels to the Hub beside the weights, so it imports nothing but transformers.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -113,6 +113,34 @@ class HagMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hagmoe"
+    # Experts are no part of the tensor-parallel plan: summed over ranks, their output biases would count several times.
+    # The plan below shards them by expert instead.
+    base_model_tp_plan = {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
+    }
+    base_model_ep_plan: ClassVar[Any] = {
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.gate_up_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "final_norm": "keep_full_weight",
+    }
 
     vocab_size: int = 30522
     hidden_size: int = 384
@@ -172,6 +200,28 @@ class HagMoeConfig(PreTrainedConfig):
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size - self.shared_expert_intermediate_size
         super().__post_init__(**kwargs)
+        for name in ("base_model_tp_plan", "base_model_ep_plan", "base_model_fsdp_plan"):
+            plan = getattr(type(self), name)
+            setattr(self, name, {rule: style for rule, style in plan.items() if self._has(rule)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, without the plans, which are code."""
+        return {name: value for name, value in super().to_dict().items() if not name.startswith("base_model_")}
+
+    def _has(self, rule: str) -> bool:
+        """Whether a rule of a parallel plan speaks of something that this shape has; transformers warns of others."""
+        name = rule.rpartition(".")[2]
+        if name.removesuffix("_bias") == ("up_proj" if self.gated_mlp else "gate_up_proj"):
+            return False
+        if name.endswith("_bias"):
+            return self.mlp_bias and bool(self.sparse_layers)
+        if ".experts" in rule:
+            return bool(self.sparse_layers)
+        if ".shared_expert." in rule:
+            return bool(self.sparse_layers and self.shared_expert_intermediate_size)
+        if ".mlp." in rule:
+            return len(self.sparse_layers) < self.num_hidden_layers
+        return name != "final_norm" or self.norm_placement == "pre"
 
     def convert_rope_params_to_dict(self, **kwargs):
         """Give every layer type its own rotary parameters; called by transformers whenever a config is made."""

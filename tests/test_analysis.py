@@ -3,7 +3,7 @@ import pytest
 from matplotlib.image import imread
 from transformers import AutoModel
 
-from hagmoe_hf.analysis.plots import domain_expert_heatmap
+from hagmoe_hf.analysis.plots import domain_expert_heatmap, training_curves
 from hagmoe_hf.analysis.trace import DomainLoad, domain_load
 from hagmoe_hf.demo import parent_folder
 
@@ -52,3 +52,13 @@ def test_the_heatmap_is_drawn(tmp_path):
     picture = imread(path)
     assert picture.shape[0] > 200
     assert picture.std() > 0.1
+
+
+def test_training_curves_are_drawn(tmp_path):
+    """A log with nothing to draw must say so instead of saving an empty picture."""
+    log = [{"loss": 1 / step, "step": step} for step in range(1, 9)]
+    log += [{"router/layer1/max_vio": 1.0, "router/layer3/max_vio": 0.5, "router/drift": 0.1, "step": 4}]
+    assert imread(training_curves(log, tmp_path / "curves.png")).std() > 0.05
+    with pytest.raises(ValueError, match="1 log entries hold none of"):
+        training_curves([{"eval_loss": 1.0, "step": 1}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

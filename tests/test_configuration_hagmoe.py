@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from conftest import MODES, SHAPES, TINY, tiny_config
@@ -166,6 +167,19 @@ def test_the_last_layer_is_dense_by_default(layers):
     assert len(kinds) == layers
     assert "sparse" in kinds
     assert kinds[-1] == "dense" or layers == 1
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_ep_plan", "base_model_fsdp_plan"])
+def test_every_rule_of_a_parallel_plan_names_a_part_of_the_model(plan, changes):
+    """A misspelt rule leaves its part on every rank, with a log line at best."""
+    config = tiny_config(**changes)
+    model = HagMoeModel(config)
+    parts = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    generic = {re.sub(r"\.\d+", ".*", name) for name in parts}
+    assert set(getattr(config, plan)) <= generic
+    assert plan == "base_model_ep_plan" or getattr(config, plan)
+    assert plan not in config.to_dict(), "a plan is code, not data: a saved one would outlive its model"
 
 
 def test_experts_share_the_parents_width_by_default():

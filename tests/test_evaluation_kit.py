@@ -134,7 +134,7 @@ def test_the_shipped_kit_is_whole_small_and_says_its_licences():
     sets = find_sets(SHIPPED)
     manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
     assert {kit_set.key for kit_set in sets} == set(manifest)
-    assert {kit_set.kind for kit_set in sets} == set(KINDS) - {"bitext"}  # no bitext with clear terms: see decision 0004
+    assert {kit_set.kind for kit_set in sets} == set(KINDS) - {"bitext"}  # no bitext with clear terms: see decision 0007
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
     for kit_set in sets:
         readme = (SHIPPED / kit_set.key / "README.md").read_text(encoding="utf-8")

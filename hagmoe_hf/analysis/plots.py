@@ -48,6 +48,59 @@ def domain_expert_heatmap(load: DomainLoad, path: str | os.PathLike) -> Path:
     return path
 
 
+CURVES = {
+    "loss": "loss (without auxiliary terms)",
+    "max_vio": "MaxVio since the last entry",
+    "load_entropy": "load entropy (1 is even)",
+    "confidence": "probability of the chosen expert",
+    "pair_agreement": "pairs in the same group",
+    "drift": "drift from the start (1 - cosine)",
+}
+
+
+def training_curves(log_history: list[dict], path: str | os.PathLike) -> Path:
+    """Draw what `RouterCallback` logged, one panel per quantity and one line per sparse layer.
+
+    Args:
+        log_history: A trainer's `state.log_history`.
+        path: The PNG (or any format that matplotlib writes) to make.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: Nothing was logged.
+        ImportError: matplotlib is missing.
+    """
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {quantity: {} for quantity in CURVES}
+    for entry in log_history:
+        for key, value in entry.items():
+            quantity = key.rsplit("/", 1)[-1]
+            if quantity in series and (key == "loss" or key.startswith("router/")):
+                line = key.split("/")[1] if key.count("/") == 2 else ""
+                series[quantity].setdefault(line, []).append((entry["step"], value))
+    drawn = {quantity: lines for quantity, lines in series.items() if lines}
+    if not drawn:
+        raise ValueError(f"{len(log_history)} log entries hold none of {sorted(CURVES)}; allowed: a log of a training run.")
+    rows = -(-len(drawn) // 3)
+    figure = _figure(width=12, height=3 * rows)
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    styles = ("-", "--", ":", "-.")  # told apart in grey, too
+    for axis, (quantity, lines) in zip(axes, drawn.items(), strict=False):
+        for number, (name, points) in enumerate(sorted(lines.items())):
+            axis.plot(*zip(*points, strict=True), styles[number % len(styles)], label=name or None, linewidth=1.5)
+        axis.set_title(CURVES[quantity], fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.tick_params(labelsize=8)
+        if any(lines):
+            axis.legend(fontsize=8)
+    for axis in axes[len(drawn) :]:
+        axis.set_visible(False)
+    path = Path(path)
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ class About:
         construction: How queries, documents and labels came about.
         domain: One word, as in the training pairs.
         languages: Codes; documents' first.
-        shipped: Whether the set comes with the package: see docs/decisions/0004-what-the-kit-ships.md.
+        shipped: Whether the set comes with the package: see docs/decisions/0007-what-the-kit-ships.md.
         credit: Whom a redistributor has to name.
     """
 
