@@ -551,8 +551,9 @@ class HagMoePreTrainedModel(PreTrainedModel):
         for router_logits, expert_index in zip(outputs.router_logits, outputs.expert_index, strict=True):
             num_experts = router_logits.shape[-1]
             real = expert_index[:, 0] < num_experts
-            load = F.one_hot(expert_index[real], num_experts).float().mean(dim=(0, 1))
-            terms.append(load_balancing_loss(router_logits[real], load, real.sum()))
+            num_tokens = real.sum().clamp(min=1)
+            load = F.one_hot(expert_index[real], num_experts).sum(dim=(0, 1)) / (num_tokens * expert_index.shape[-1])
+            terms.append(load_balancing_loss(router_logits[real], load, num_tokens))
         return self.config.router_aux_loss_coef * torch.stack(terms).mean()
 
     @classmethod
