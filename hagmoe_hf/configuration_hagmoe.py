@@ -230,7 +230,7 @@ class HagMoeConfig(PreTrainedConfig):
         given = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
         theta = kwargs.pop("rope_theta", self.default_theta)
         kinds = sorted(set(self.layer_types or []))
-        shared_by_all = not self.nested_rope_parameter_keys(given)
+        shared_by_all = not {"full_attention", "sliding_attention"} & set(given)
         nested = {kind: dict((given if shared_by_all else given.get(kind)) or {}) for kind in kinds}
         for parameters in nested.values():
             parameters.setdefault("rope_theta", theta)

@@ -69,11 +69,12 @@ def test_a_very_long_text_is_truncated_not_refused(real_parent, real_mixture):
     assert np.abs(real_mixture.encode([text]) - real_parent.encode([text])).max() <= 2e-6
 
 
-def test_several_processes_encode_the_same_vectors(real_mixture):
+def test_several_processes_encode_the_same_vectors(real_parent):
     """Workers are fresh processes, which must find the model's class on their own."""
+    mixture = upcycle(real_parent)  # any transformers model that recorded outputs once holds hooks that cannot be pickled
     texts = TEXTS * 3
-    got = real_mixture.encode(texts, device=["cpu", "cpu"], chunk_size=6)
-    assert np.abs(got - real_mixture.encode(texts)).max() <= 1e-5
+    got = mixture.encode(texts, device=["cpu", "cpu"], chunk_size=6)
+    assert np.abs(got - mixture.encode(texts)).max() <= 1e-5
 
 
 def test_it_comes_back_from_disk_with_stock_classes(real_mixture, tmp_path):
