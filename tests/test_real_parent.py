@@ -33,7 +33,15 @@ def parent_vectors(real_parent, corpus):
     return real_parent.encode(corpus)
 
 
-@pytest.mark.parametrize("options", exactness.MODES.values(), ids=exactness.MODES.keys())
+# Each takes half a minute; the others run with `make test-all`, and all stand in docs/results/exactness.json
+ALWAYS = ("default: groups by sequence, 2 sparse layers", "two experts, normalized weights", "all layers sparse")
+WAYS = [
+    pytest.param(options, id=mode, marks=[] if mode in ALWAYS else pytest.mark.slow)
+    for mode, options in exactness.MODES.items()
+]
+
+
+@pytest.mark.parametrize("options", WAYS)
 def test_the_vectors_are_the_parents_for_every_way_of_routing(real_parent, parent_vectors, corpus, options):
     """Small initial gates would hide a router that changes the output; these decide hard."""
     assert len(corpus) >= 500
