@@ -187,7 +187,7 @@ def test_padding_never_reaches_an_expert(implementation):
     assert (block.experts(states.flatten(0, 1), index, weight)[~mask.flatten()] == 0).all()
 
 
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_attention_functions_agree(attention):
     """A user who switches the attention function must keep the vectors."""
     model = tiny_model()

@@ -34,7 +34,7 @@ def parent_vectors(real_parent, corpus):
 
 
 # Each takes half a minute; the others run with `make test-all`, and all stand in docs/results/exactness.json
-ALWAYS = ("default: groups by sequence, 2 sparse layers", "two experts, normalized weights", "all layers sparse")
+ALWAYS = ("default: groups by sequence, 2 sparse layers", "all layers sparse")
 WAYS = [
     pytest.param(options, id=mode, marks=[] if mode in ALWAYS else pytest.mark.slow)
     for mode, options in exactness.MODES.items()
