@@ -86,7 +86,7 @@ def main() -> None:
     mixture = upcycle(parent)
     vectors = [model.encode(texts, convert_to_tensor=True).float() for model in (parent, mixture)]
     result: dict = {
-        "command": f"python scripts/gpu_checks.py {args.output}",
+        "command": f"python scripts/gpu_checks.py {args.output} --device {args.device}",
         "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
