@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo kit kit-baseline test test-all lint format clean
+.PHONY: help install demo kit kit-baseline benchmark test test-all lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,12 @@ kit-baseline: $(READY) ## Rebuild docs/results/kit-baseline.*: mixture, parent a
 	test -d $(PARENT)-hagmoe || $(BIN)/hagmoe upcycle $(PARENT) $(PARENT)-hagmoe
 	$(BIN)/hagmoe evaluate $(PARENT)-hagmoe --against $(PARENT) bm25 -o build/baseline/evaluation
 	for kind in json md png; do cp build/baseline/evaluation/report.$$kind docs/results/kit-baseline.$$kind; done
+
+benchmark: $(READY) ## Rebuild docs/results/benchmark.*: mixture, parent and rivals in turn (leave the machine alone meanwhile)
+	mkdir -p build
+	ln -sfn $$($(BIN)/python -c "from hagmoe_hf.demo import parent_folder; print(parent_folder())") build/all-MiniLM-L6-v2
+	$(BIN)/hagmoe benchmark build/all-MiniLM-L6-v2 -o build/bench --rounds 4
+	for kind in json md png; do cp build/bench/benchmark.$$kind docs/results/benchmark.$$kind; done
 
 test: $(READY) ## Run the tests (under 15 minutes on 2 cores)
 	$(PYTEST) -m "not slow"

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from hagmoe_hf.benchmark.report import markdown
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs/results"
@@ -37,7 +39,7 @@ def model_code_hash() -> str:
 def gpu() -> str:
     """What was checked on a GPU, or that nothing was, or that the model's code is newer."""
     path = RESULTS / "gpu-checks.json"
-    command = "`python scripts/gpu_checks.py docs/results/gpu-checks.json`"
+    command = "`python scripts/gpu_bench.py docs/results`"
     if not path.exists():
         return f"Not checked on a GPU yet: {command} does it in one call."
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -59,7 +61,34 @@ def gpu() -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"exactness": exactness, "gpu": gpu}
+def gpu_speed() -> str:
+    """Speed against the parent on a GPU, or that it was not measured, or that the model's code is newer."""
+    path, command = RESULTS / "gpu-bench.json", "`python scripts/gpu_bench.py docs/results`"
+    if not path.exists():
+        return f"Not measured on a GPU yet: {command} does it in one call."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["| on a GPU | contestant | times as fast as the parent |", "|---|---|---|"]
+    for workload, measured in result["measured"].items():
+        for name, ratio in measured.get("speed", {}).items():
+            cell = f"{ratio['median']:.2f} [{ratio['lower quartile']:.2f}, {ratio['upper quartile']:.2f}]"
+            rows.append(f"| {workload} | {name} | {cell} |")
+    stale = "" if result["code"] == model_code_hash() else f" **Stale**: the model's code has changed since; run {command}."
+    rows.append(f"\n{result['machine']}; {result['date']}.{stale}")
+    return "\n".join(rows)
+
+
+def speed() -> str:
+    """Speed against the parent by workload, from the benchmark's JSON."""
+    path = RESULTS / "benchmark.json"
+    if not path.exists():
+        return "Not measured yet: `make benchmark` does it."
+    report = json.loads(path.read_text(encoding="utf-8"))
+    text = markdown(report)
+    head, tables = text.split("\n\n", 1)
+    return tables.split("\n\n")[0] + "\n\n" + head
+
+
+TABLES: dict[str, Callable[[], str]] = {"exactness": exactness, "gpu": gpu, "gpu_speed": gpu_speed, "speed": speed}
 
 
 def filled(text: str) -> str:

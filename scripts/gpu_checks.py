@@ -73,22 +73,17 @@ def experts_check(folder: str, tokenizer, texts: list[str], device: str, dtype: 
     return float((padded_states(model, batch) - grouped).abs().max())
 
 
-def main() -> None:
-    """Run every check and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--parent", type=Path, default=None)
-    parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
+def check(parent_name: str, device: str, command: str) -> dict:
+    """Every check, as one result."""
     torch.backends.cuda.matmul.allow_tf32 = False
     texts = [text for text in read_corpus()[0] if text.strip()][::8][:TEXTS]
-    parent = sentence.load(str(args.parent or parent_folder()), device=args.device)
+    parent = sentence.load(parent_name, device=device)
     mixture = upcycle(parent)
     vectors = [model.encode(texts, convert_to_tensor=True).float() for model in (parent, mixture)]
     result: dict = {
-        "command": f"python scripts/gpu_checks.py {args.output} --device {args.device}",
+        "command": command,
         "date": date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
+        "machine": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "code": model_code_hash(),
         "texts": len(texts),
@@ -97,8 +92,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mixture[0].model.save_pretrained(folder)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            result[f"grouped_mm against eager {name}"] = experts_check(folder, mixture.tokenizer, texts, args.device, dtype)
-            result[f"attention {name}"] = attention_checks(folder, mixture.tokenizer, texts, args.device, dtype)
+            result[f"grouped_mm against eager {name}"] = experts_check(folder, mixture.tokenizer, texts, device, dtype)
+            result[f"attention {name}"] = attention_checks(folder, mixture.tokenizer, texts, device, dtype)
+    return result
+
+
+def main() -> None:
+    """Run every check and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--parent", type=Path, default=None)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    command = f"python scripts/gpu_checks.py {args.output} --device {args.device}"
+    result = check(str(args.parent or parent_folder()), args.device, command)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

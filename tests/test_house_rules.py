@@ -32,7 +32,8 @@ RANKS = {
     "export": 3,
     "training": 3,
     "demo": 4,
-    "cli": 5,
+    "benchmark": 5,
+    "cli": 6,
 }
 HUB_FILES = ("configuration_hagmoe.py", "kernels_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
 

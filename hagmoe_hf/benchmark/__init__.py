@@ -1,0 +1,1 @@
+"""How fast a mixture is beside its parent and its rivals: contestants, workloads, interleaved timing, a report."""
