@@ -3,8 +3,9 @@
     python scripts/gpu_bench.py docs/results
 
 Writes `gpu-checks.json` and `gpu-bench.json` into the folder, the second as it goes: a call that is cut short keeps what it
-measured, and the next one goes on. No network; the parent is the packaged all-MiniLM-L6-v2 (or `--parent FOLDER`). `--device cpu`
-tries the script itself. Figures carry a hash of the model's code, by which `fill_readme_tables.py` tells when they are stale.
+measured, and the next one goes on. No network; the parent is the packaged all-MiniLM-L6-v2 (or `--parent FOLDER`).
+`--device cpu` tries the script itself. Figures carry a hash of the model's code, by which `fill_readme_tables.py` tells when
+they are stale.
 """
 
 import argparse
