@@ -25,13 +25,14 @@ RANKS = {
     "modeling_hagmoe": 1,
     "importing": 2,
     "hub": 2,
-    "upcycling": 2,
-    "analysis": 3,
-    "evaluation": 3,
-    "export": 3,
-    "training": 3,
-    "demo": 4,
-    "cli": 5,
+    "calibration": 2,
+    "upcycling": 3,
+    "analysis": 4,
+    "evaluation": 4,
+    "export": 4,
+    "training": 4,
+    "demo": 5,
+    "cli": 6,
 }
 HUB_FILES = ("configuration_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
 

@@ -1,0 +1,166 @@
+"""Which runs a table needs, one after the other until the minutes are over, each a JSON file as soon as it is done."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from ablation import loop, scoring
+from ablation.arms import TABLES, Arm
+from ablation.budgets import Budget
+from ablation.inputs import Pairs, calibration_texts, load_pairs
+from ablation.loop import Run, Setting
+from hagmoe_hf import sentence
+from hagmoe_hf.evaluation.runner import write_text
+
+PACKAGES = ("torch", "transformers", "sentence-transformers")
+TRAINED_SECONDS_LEFT = 20  # of the minutes, to write down what is there
+
+
+def run_name(arm: Arm, learning_rate: float, seed: int) -> str:
+    """The file name of a run's result, without ending."""
+    return f"{arm.name}_lr{learning_rate:g}_seed{seed}"
+
+
+def macro(scores: dict[str, float]) -> float:
+    """Mean over domains, 0 to 100."""
+    return 100 * sum(scores.values()) / len(scores)
+
+
+def due(arms: tuple[Arm, ...], budget: Budget, done: dict[str, dict]) -> list[tuple[Arm, float, int]]:
+    """The runs to do now: the grid with the first seed, arm by arm; then further seeds at each arm's best rate.
+
+    Args:
+        arms: Of a table.
+        budget: Grid and seeds.
+        done: Run name -> result.
+    """
+    first, *others = budget.seeds
+    missing = [
+        (arm, rate, first) for arm in arms for rate in budget.learning_rates if run_name(arm, rate, first) not in done
+    ]
+    if missing:
+        return missing
+    best = {arm.name: best_rate(arm, budget, done) for arm in arms}
+    wanted = [(arm, best[arm.name], seed) for seed in others for arm in arms]
+    return [(arm, rate, seed) for arm, rate, seed in wanted if run_name(arm, rate, seed) not in done]
+
+
+def best_rate(arm: Arm, budget: Budget, done: dict[str, dict]) -> float:
+    """The learning rate of the grid with the best held-out MRR at the end, first seed. The kit has no say."""
+    first = budget.seeds[0]
+    return max(budget.learning_rates, key=lambda rate: macro(done[run_name(arm, rate, first)]["curve"][-1]["dev_mrr"]))
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """Run name -> result, of every file."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed*.json"))}
+
+
+def run_table(
+    table: int, budget: Budget, inputs: Path, results: Path, work: Path, minutes: float, device: str, command: str, kit: bool
+) -> bool:
+    """Do what a table still needs.
+
+    Args:
+        table: Of `TABLES`.
+        budget: What every arm gets.
+        inputs: Folder that `prepare` made.
+        results: Folder of results; those of a budget lie in its sub-folder.
+        work: Folder for checkpoints and vectors.
+        minutes: After these it stops, with a checkpoint, and the next call goes on.
+        device: Like "cpu" or "cuda".
+        command: What was typed, for the results.
+        kit: Whether to score the kit at the end of every run.
+
+    Returns:
+        Whether the table is complete.
+    """
+    deadline = time.monotonic() + 60 * minutes - TRAINED_SECONDS_LEFT
+    folder = results / budget.name
+    pairs = load_pairs(inputs, "train", budget.max_length, device)
+    dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
+    texts = calibration_texts(inputs, budget.calibration_texts)
+    scorers: dict[str, subprocess.Popen] = {}
+    while todo := due(TABLES[table], budget, read_results(folder)):
+        arm, rate, seed = todo[0]
+        setting = Setting(arm, budget, rate, seed, inputs, device)
+        name = run_name(arm, rate, seed)
+        own = work / budget.name / name
+        finished = loop.train(setting, pairs, dev, texts, own, deadline)
+        if finished is None:
+            break
+        run, model = finished
+        write_result(folder / f"{name}.json", setting, run, model, pairs, command)
+        (own / "checkpoint.pt").unlink(missing_ok=True)
+        if kit:
+            vectors = own / "kit.npz"
+            scoring.record(model, scoring.kit_sets(inputs / "kit"), vectors)
+            scorers[name] = score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors)
+    for name, process in scorers.items():
+        if process.wait():
+            print(f"{name}: scoring failed; `--score` does it again", flush=True)
+    left = len(due(TABLES[table], budget, read_results(folder)))
+    print(f"Table {table}, {budget.name}: {left or 'no'} runs left for now", flush=True)
+    return not left
+
+
+def score_elsewhere(result: Path, kit: Path, vectors: Path) -> subprocess.Popen:
+    """Score recorded vectors in another process, which adds them to the result."""
+    script = Path(sys.argv[0]).resolve()
+    words = [sys.executable, str(script), "--score", str(vectors), "--into", str(result), "--kit", str(kit)]
+    return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def add_kit_scores(result: Path, kit: Path, vectors: Path) -> None:
+    """Put the kit's scores into a result file."""
+    entry = json.loads(result.read_text(encoding="utf-8"))
+    entry["kit"] = scoring.score_recorded(kit, vectors, result.stem)
+    write_text(result, json.dumps(entry, indent=1) + "\n")
+    vectors.unlink()
+
+
+def write_result(path: Path, setting: Setting, run: Run, model: SentenceTransformer, pairs: Pairs, command: str) -> None:
+    """Write down a run: what it was, what came of it, and where."""
+    encoder = sentence.encoder_of(model)
+    config = getattr(encoder, "config", None)
+    total = encoder.num_parameters()
+    counts = config.parameter_counts() if hasattr(config, "parameter_counts") else None
+    gpu = setting.device != "cpu"
+    entry = {
+        "arm": dataclasses.asdict(setting.arm),
+        "budget": dataclasses.asdict(setting.budget),
+        "learning_rate": setting.learning_rate,
+        "seed": setting.seed,
+        "parameters": {"total": total, "active": total - (counts.total - counts.active) if counts else total},
+        "inputs": {"pairs": int(pairs.first_rows[-1]), "manifest": fingerprint(setting)},
+        "curve": run.curve,
+        "seconds": round(run.seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)",
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": os.environ.get("HAGMOE_COMMIT") or _git_commit(),
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kit": None,
+    }
+    write_text(path, json.dumps(entry, indent=1) + "\n")
+
+
+def fingerprint(setting: Setting) -> str:
+    """Twelve hex digits of the inputs' manifest: equal inputs, equal fingerprint."""
+    return hashlib.sha256((setting.inputs / "manifest.json").read_bytes()).hexdigest()[:12]
+
+
+def _git_commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
