@@ -246,7 +246,7 @@ def even_k_means(
     keys_CD, before_N = torch.stack(centres), None
     offset_C = torch.zeros(clusters)
     for _ in range(steps):
-        offset_C = balancing_bias(points_ND @ keys_CD.T, weights_N)
+        offset_C = balancing_bias(points_ND @ keys_CD.T, weights_N, steps=40)
         nearest_N = (points_ND @ keys_CD.T + offset_C).argmax(-1)
         if before_N is not None and torch.equal(nearest_N, before_N):
             break

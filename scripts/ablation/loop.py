@@ -30,6 +30,7 @@ from hagmoe_hf.training.router_callback import RouterCallback
 SCALE = 20.0  # of cosines, as in MultipleNegativesRankingLoss
 LARGEST_GRADIENT = 1.0
 CHECKPOINT_SECONDS = 120
+clock = time.monotonic
 
 
 class Contrastive(nn.Module):
@@ -201,23 +202,23 @@ def train(
     steps = plan(pairs, budget, setting.seed, setting.arm.mixed_batches)
     points = {round(part * budget.steps / budget.evaluations) for part in range(budget.evaluations + 1)}
     label = f"{setting.arm.name} {setting.learning_rate:g} seed {setting.seed}"
-    saved = started = time.monotonic()
+    saved = started = clock()
     with tqdm(total=budget.steps, initial=run.step, desc=label) as bar:
         while True:
             if run.step in points and (not run.curve or run.curve[-1]["step"] < run.step):
-                run.seconds += time.monotonic() - started
+                run.seconds += clock() - started
                 if run.step == budget.steps:
                     trainee.use_average()
                 run.curve.append(_point(run.step, setting, trainee.model, dev, losses))
-                losses, started = [], time.monotonic()
+                losses, started = [], clock()
             if run.step == budget.steps:
                 trainee.close()
                 return run, trainee.model
-            now = time.monotonic()
+            now = clock()
             if now > deadline or now - saved > CHECKPOINT_SECONDS:
                 run.seconds += now - started
                 _save(run, trainee, losses, folder)
-                saved = started = time.monotonic()
+                saved = started = clock()
                 if now > deadline:
                     trainee.close()
                     return None

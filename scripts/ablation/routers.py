@@ -55,8 +55,7 @@ class FixedRouter(nn.Module):
     def __init__(self, config, rule: str):
         super().__init__()
         self.config, self.rule = config, rule
-        self.input_ids: Tensor | None = None  # (B, L), set before every forward pass
-        self.mask: Tensor | None = None
+        self.input_ids: Tensor | None = None  # (B, L), seen in every forward pass
         self.expert: Tensor | None = None  # (B,) of the texts' domains, for "domain"
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing=None) -> Routing:
@@ -67,7 +66,8 @@ class FixedRouter(nn.Module):
         else:
             key_BL = self.input_ids * PRIME % 2**32
             if self.rule == "text hash":  # of the sum, so that padding, and nothing else, is left out
-                key_BL = ((key_BL * self.mask).sum(-1, keepdim=True) * PRIME % 2**32).expand(batch, length)
+                key_BL = (key_BL * token_mask).sum(-1, keepdim=True) * PRIME % 2**32
+                key_BL = key_BL.expand(batch, length)
             expert_BL = key_BL // 2**16 % self.config.num_experts
         logits_BLE = CERTAIN * nn.functional.one_hot(expert_BL, self.config.num_experts).float()
         return route(
@@ -87,12 +87,12 @@ def fix_routing(encoder: HagMoeModel, rule: str) -> list[FixedRouter]:
         block.router = FixedRouter(encoder.config, rule)
         routers.append(block.router)
 
-    def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def see(module: nn.Module, args: tuple) -> None:
         for router in routers:
-            router.input_ids = kwargs["input_ids"]
-            router.mask = kwargs["attention_mask"]
+            router.input_ids = args[0]
 
-    encoder.register_forward_pre_hook(see, with_kwargs=True)
+    # Not on the encoder itself: sentence-transformers calls its forward method past all hooks
+    encoder.embeddings.word_embeddings.register_forward_pre_hook(see)
     return routers
 
 

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -20,10 +22,10 @@ from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_texts, load_pairs
 from ablation.loop import Run, Setting
 from hagmoe_hf import sentence
-from hagmoe_hf.evaluation.runner import write_text
+from hagmoe_hf.files import write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
-TRAINED_SECONDS_LEFT = 20  # of the minutes, to write down what is there
+SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is there; more where the kit is scored
 
 
 def run_name(arm: Arm, learning_rate: float, seed: int) -> str:
@@ -50,15 +52,14 @@ def due(arms: tuple[Arm, ...], budget: Budget, done: dict[str, dict]) -> list[tu
     ]
     if missing:
         return missing
-    best = {arm.name: best_rate(arm, budget, done) for arm in arms}
+    best = {arm.name: best_rate(arm, budget.learning_rates, first, done) for arm in arms}
     wanted = [(arm, best[arm.name], seed) for seed in others for arm in arms]
     return [(arm, rate, seed) for arm, rate, seed in wanted if run_name(arm, rate, seed) not in done]
 
 
-def best_rate(arm: Arm, budget: Budget, done: dict[str, dict]) -> float:
-    """The learning rate of the grid with the best held-out MRR at the end, first seed. The kit has no say."""
-    first = budget.seeds[0]
-    return max(budget.learning_rates, key=lambda rate: macro(done[run_name(arm, rate, first)]["curve"][-1]["dev_mrr"]))
+def best_rate(arm: Arm, rates: Sequence[float], seed: int, done: dict[str, dict]) -> float:
+    """The learning rate with the best held-out MRR at the end of the first seed's runs. The kit has no say."""
+    return max(rates, key=lambda rate: macro(done[run_name(arm, rate, seed)]["curve"][-1]["dev_mrr"]))
 
 
 def read_results(folder: Path) -> dict[str, dict]:
@@ -85,15 +86,20 @@ def run_table(
     Returns:
         Whether the table is complete.
     """
-    deadline = time.monotonic() + 60 * minutes - TRAINED_SECONDS_LEFT
+    deadline = time.monotonic() + 60 * minutes - SECONDS_LEFT[kit]
     folder = results / budget.name
     pairs = load_pairs(inputs, "train", budget.max_length, device)
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
     texts = calibration_texts(inputs, budget.calibration_texts)
-    scorers: dict[str, subprocess.Popen] = {}
+    waiting = [
+        path for path in (work / budget.name).glob("*/kit.npz") if kit and (folder / f"{path.parent.name}.json").is_file()
+    ]
+    scorers = [score_elsewhere(folder / f"{path.parent.name}.json", inputs / "kit", path) for path in waiting]
     while todo := due(TABLES[table], budget, read_results(folder)):
         arm, rate, seed = todo[0]
         setting = Setting(arm, budget, rate, seed, inputs, device)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
         name = run_name(arm, rate, seed)
         own = work / budget.name / name
         finished = loop.train(setting, pairs, dev, texts, own, deadline)
@@ -105,10 +111,10 @@ def run_table(
         if kit:
             vectors = own / "kit.npz"
             scoring.record(model, scoring.kit_sets(inputs / "kit"), vectors)
-            scorers[name] = score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors)
-    for name, process in scorers.items():
-        if process.wait():
-            print(f"{name}: scoring failed; `--score` does it again", flush=True)
+            scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
+    failed = sum(process.wait() != 0 for process in scorers)
+    if failed:
+        print(f"{failed} runs could not be scored; their vectors are kept, and the next call tries again", flush=True)
     left = len(due(TABLES[table], budget, read_results(folder)))
     print(f"Table {table}, {budget.name}: {left or 'no'} runs left for now", flush=True)
     return not left
@@ -145,10 +151,11 @@ def write_result(path: Path, setting: Setting, run: Run, model: SentenceTransfor
         "inputs": {"pairs": int(pairs.first_rows[-1]), "manifest": fingerprint(setting)},
         "curve": run.curve,
         "seconds": round(run.seconds, 1),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)",
         "versions": {name: version(name) for name in PACKAGES},
         "commit": os.environ.get("HAGMOE_COMMIT") or _git_commit(),
+        "code": code_hash(),
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kit": None,
@@ -159,6 +166,13 @@ def write_result(path: Path, setting: Setting, run: Run, model: SentenceTransfor
 def fingerprint(setting: Setting) -> str:
     """Twelve hex digits of the inputs' manifest: equal inputs, equal fingerprint."""
     return hashlib.sha256((setting.inputs / "manifest.json").read_bytes()).hexdigest()[:12]
+
+
+def code_hash() -> str:
+    """Twelve hex digits of the package's and the apparatus's sources: a commit may be rewritten, these say what ran."""
+    root = Path(__file__).parents[2]
+    sources = sorted([*(root / "hagmoe_hf").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def _git_commit() -> str:

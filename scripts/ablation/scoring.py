@@ -6,6 +6,7 @@ training while CPUs fit classifiers and clusters.
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class RecordedVectors(InputModule):
         super().__init__()
         self.row = {text: row for row, text in enumerate(texts)}
         self.register_buffer("vectors", vectors)
-        self.tokenizer = None
+        self.tokenizer = SimpleNamespace(get_vocab=dict)  # there is none; a fingerprint asks for its words
 
     def preprocess(self, inputs: list[str], prompt: str | None = None, **kwargs) -> dict[str, Tensor]:
         """Texts -> their rows.
