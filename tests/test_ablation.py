@@ -431,6 +431,7 @@ runpy.run_path("scripts/ablation.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_script_survives_a_kill_goes_on_and_reports(prepared, tmp_path):
     """The whole way as it is called: a table, kill -9 in the middle, again, then tables and pictures; without mteb."""
     work, results = tmp_path / "work", tmp_path / "results"

@@ -1,7 +1,7 @@
 """How good a model is: ranking held-out pairs while training, the kit's sets at the end.
 
-The kit is scored by the package's own tasks in a process of its own, from vectors recorded here, so that a GPU goes on
-training while CPUs fit classifiers and clusters.
+Both in float32, as a user would run the model. The kit is scored by the package's own tasks in a process of its own, from
+vectors recorded here, so that a GPU goes on training while CPUs fit classifiers and clusters.
 """
 
 from collections.abc import Iterable
@@ -69,15 +69,10 @@ def dev_scores(model: SentenceTransformer, dev: Pairs) -> tuple[dict[str, float]
 def _vectors(model: SentenceTransformer, pairs: Pairs, rows: np.ndarray) -> list[Tensor]:
     """Unit vectors (rows, D) of anchors and of positives."""
     columns: list[list[Tensor]] = [[], []]
-    with _autocast(model):
-        for first in range(0, len(rows), BATCH_SIZE):
-            for column, features in zip(columns, pairs.features(rows[first : first + BATCH_SIZE]), strict=True):
-                column.append(torch.nn.functional.normalize(model(features)["sentence_embedding"].float(), dim=-1))
+    for first in range(0, len(rows), BATCH_SIZE):
+        for column, features in zip(columns, pairs.features(rows[first : first + BATCH_SIZE]), strict=True):
+            column.append(torch.nn.functional.normalize(model(features)["sentence_embedding"], dim=-1))
     return [torch.cat(column) for column in columns]
-
-
-def _autocast(model: SentenceTransformer):
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu")
 
 
 def _routing(counts_SE: Tensor, groups: int) -> dict[str, float]:
@@ -172,8 +167,7 @@ def record(model: SentenceTransformer, sets: list[KitSet], path: Path) -> None:
     for kit_set in sets:
         domain = DOMAIN_OF_SET[_task_name(kit_set)]
         set_domain(sentence.encoder_of(model), domain)
-        with _autocast(model):
-            vectors = model.encode(set_texts(kit_set), batch_size=256, convert_to_numpy=True, show_progress_bar=False)
+        vectors = model.encode(set_texts(kit_set), batch_size=256, convert_to_numpy=True, show_progress_bar=False)
         arrays[_task_name(kit_set)] = vectors.astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)
