@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ablation import inputs, loop, run, scoring
+from ablation import inputs, loop, results, run, scoring
 from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
 from ablation.budgets import Budget
 from ablation.loop import Contrastive, Setting
@@ -361,11 +361,11 @@ def test_what_is_due_is_the_grid_first_then_seeds_at_the_best_rate():
     arms = (DENSE, HAG)
     done = {}
     order = []
-    while todo := run.due(arms, budget, done):
+    while todo := results.due(arms, budget, done):
         arm, rate, seed = todo[0]
         order.append((arm.name, rate, seed))
         better = 0.2 if (arm.name, rate) in (("dense", 1e-4), ("hag", 2e-4)) else 0.1
-        done[run.run_name(arm, rate, seed)] = result(arm, seed, better, rate=rate)
+        done[results.run_name(arm, rate, seed)] = result(arm, seed, better, rate=rate)
     assert order == [
         ("dense", 1e-4, 0), ("dense", 2e-4, 0), ("hag", 1e-4, 0), ("hag", 2e-4, 0), ("dense", 1e-4, 1), ("hag", 2e-4, 1),
     ]  # fmt: skip
@@ -399,8 +399,8 @@ def test_tables_pair_runs_by_seed(tmp_path):
     done = {}
     budget = dataclasses.replace(TINY_BUDGET, learning_rates=(1e-4,), seeds=(0, 1, 2), steps=150)
     for seed, luck in enumerate((0.0, 0.1, 0.2)):
-        done[run.run_name(DENSE, 1e-4, seed)] = result(DENSE, seed, luck, kit=0.5 + luck)
-        done[run.run_name(HAG, 1e-4, seed)] = result(HAG, seed, luck + 0.02 + seed / 1000, kit=0.52 + luck + seed / 1000)
+        done[results.run_name(DENSE, 1e-4, seed)] = result(DENSE, seed, luck, kit=0.5 + luck)
+        done[results.run_name(HAG, 1e-4, seed)] = result(HAG, seed, luck + 0.02 + seed / 1000, kit=0.52 + luck + seed / 1000)
     dense, hag = (runs_of(arm, budget, done) for arm in (DENSE, HAG))
     pairs_seen, gain = zip(*curve_gains(hag, dense), strict=True)
     assert pairs_seen == (75 * 48, 150 * 48)
@@ -409,7 +409,7 @@ def test_tables_pair_runs_by_seed(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| hag "))
     assert row.count("+2.10 ± 0.10") == 2
     assert row.endswith("**yes** |")
-    assert kit_parts(done[run.run_name(HAG, 1e-4, 0)]) == {"sts.words": 52.0, "language en": 52.0}
+    assert kit_parts(done[results.run_name(HAG, 1e-4, 0)]) == {"sts.words": 52.0, "language en": 52.0}
     assert str(difference([1.0])) == "+1.00"
 
 
@@ -434,10 +434,10 @@ runpy.run_path("scripts/ablation.py", run_name="__main__")
 @pytest.mark.slow
 def test_the_script_survives_a_kill_goes_on_and_reports(prepared, tmp_path):
     """The whole way as it is called: a table, kill -9 in the middle, again, then tables and pictures; without mteb."""
-    work, results = tmp_path / "work", tmp_path / "results"
+    work, out = tmp_path / "work", tmp_path / "results"
 
     def call(*more, **environment):
-        words = [*more, "--inputs", prepared, "--results", results, "--work", work]
+        words = [*more, "--inputs", prepared, "--results", out, "--work", work]
         usual = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", PROGRAM, *map(str, words)]
         return subprocess.run(command, cwd=ROOT, env={**usual, **environment}, capture_output=True, text=True, check=False)
@@ -447,9 +447,9 @@ def test_the_script_survives_a_kill_goes_on_and_reports(prepared, tmp_path):
     last = call("--table", "1", "--no-kit")
     assert "Table 1, screening: no runs left for now" in last.stdout, last.stderr
     assert not list(work.rglob("checkpoint.pt"))
-    assert {path.stem for path in results.rglob("*.json")} == {"dense_lr0.001_seed0", "hag_lr0.001_seed0"}
+    assert {path.stem for path in out.rglob("*.json")} == {"dense_lr0.001_seed0", "hag_lr0.001_seed0"}
     assert call("--report").returncode == 0
-    assert {path.name for path in (results / "screening").iterdir() if path.suffix != ".json"} == {
+    assert {path.name for path in (out / "screening").iterdir() if path.suffix != ".json"} == {
         "table1.md", "table1.png", "table1_domains.png",
     }  # fmt: skip
 

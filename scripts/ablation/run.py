@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -17,54 +16,16 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from ablation import loop, scoring
-from ablation.arms import TABLES, Arm
+from ablation.arms import TABLES
 from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_texts, load_pairs
 from ablation.loop import Run, Setting
+from ablation.results import due, read_results, run_name
 from hagmoe_hf import sentence
 from hagmoe_hf.files import write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is there; more where the kit is scored
-
-
-def run_name(arm: Arm, learning_rate: float, seed: int) -> str:
-    """The file name of a run's result, without ending."""
-    return f"{arm.name}_lr{learning_rate:g}_seed{seed}"
-
-
-def macro(scores: dict[str, float]) -> float:
-    """Mean over domains, 0 to 100."""
-    return 100 * sum(scores.values()) / len(scores)
-
-
-def due(arms: tuple[Arm, ...], budget: Budget, done: dict[str, dict]) -> list[tuple[Arm, float, int]]:
-    """The runs to do now: the grid with the first seed, arm by arm; then further seeds at each arm's best rate.
-
-    Args:
-        arms: Of a table.
-        budget: Grid and seeds.
-        done: Run name -> result.
-    """
-    first, *others = budget.seeds
-    missing = [
-        (arm, rate, first) for arm in arms for rate in budget.learning_rates if run_name(arm, rate, first) not in done
-    ]
-    if missing:
-        return missing
-    best = {arm.name: best_rate(arm, budget.learning_rates, first, done) for arm in arms}
-    wanted = [(arm, best[arm.name], seed) for seed in others for arm in arms]
-    return [(arm, rate, seed) for arm, rate, seed in wanted if run_name(arm, rate, seed) not in done]
-
-
-def best_rate(arm: Arm, rates: Sequence[float], seed: int, done: dict[str, dict]) -> float:
-    """The learning rate with the best held-out MRR at the end of the first seed's runs. The kit has no say."""
-    return max(rates, key=lambda rate: macro(done[run_name(arm, rate, seed)]["curve"][-1]["dev_mrr"]))
-
-
-def read_results(folder: Path) -> dict[str, dict]:
-    """Run name -> result, of every file."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed*.json"))}
 
 
 def run_table(
