@@ -11,7 +11,7 @@ Axes:  B sequences   L tokens   D hidden_size   G groups   E experts   K experts
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +41,10 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hagmoe import HagMoeConfig
+from .kernels_hagmoe import activate, is_traced, linear
 from .routing_hagmoe import Packing, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
+
+MOST_REAL = 0.97  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
 
 
 @dataclass
@@ -49,7 +52,7 @@ class HagMoeModelOutput(ModelOutput):
     """What a [`HagMoeModel`] returns.
 
     Args:
-        last_hidden_state: (B, L, D).
+        last_hidden_state: (B, L, D), zero at padding.
         pooler_output: (B, D), (S, D) for packed input: the state of each text's first token through a dense layer and
             tanh; None without a pooler.
         hidden_states: On request, (B, L, D) after the embeddings and after each layer.
@@ -132,6 +135,26 @@ class HagMoeMultipleChoiceOutput(ModelOutput):
     expert_index: tuple[torch.LongTensor, ...] | None = None
 
 
+class RealTokens(NamedTuple):
+    """Where the real tokens of a padded batch are: everything but attention runs on them alone, as one packed row."""
+
+    slot: Tensor  # (T,) int64 in [0, B*L), rising
+    shape: torch.Size  # (B, L)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, L, ...) -> (1, T, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.slot).unsqueeze(0)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, L, ...), zero at padding."""
+        padded = packed.new_zeros(self.shape.numel(), *packed.shape[2:]).index_copy(0, self.slot, packed[0])
+        return padded.unflatten(0, self.shape)
+
+    def packing(self) -> Packing:
+        """Each row of the batch as one text of the packed row."""
+        return Packing((self.slot // self.shape[1]).unsqueeze(0), self.shape[0], True)
+
+
 class HagMoeLayerNorm(nn.LayerNorm):
     """A layer norm with the config's epsilon, and a bias where the config wants one."""
 
@@ -194,19 +217,19 @@ class HagMoeRotaryEmbedding(nn.Module):
         return self
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Positions (1 or B, L) -> for each layer type cosines and sines (1 or B, 1, L, head_dim) in the states' dtype."""
+        """Positions (1 or B, L) -> for each layer type cosines and sines (1 or B, L, 1, head_dim) in the states' dtype."""
         rotations = {}
         with torch.no_grad(), maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             for layer_type, scaling in self.attention_scaling.items():
                 angles = position_ids.unsqueeze(-1).float() * self.get_buffer(f"{layer_type}_inv_freq").float()
-                angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+                angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
                 cosines, sines = angles.cos() * scaling, angles.sin() * scaling
                 rotations[layer_type] = (cosines.to(hidden_states.dtype), sines.to(hidden_states.dtype))
         return rotations
 
 
 def rotate(states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the halves of (B, heads, L, head_dim) queries or keys against each other, in float32 as ModernBERT does."""
+    """Rotate the halves of (B, L, heads, head_dim) queries or keys against each other, in float32 as ModernBERT does."""
     cosines, sines = rotation
     first, second = states.float().chunk(2, dim=-1)
     return (states.float() * cosines + torch.cat((-second, first), dim=-1) * sines).to(states.dtype)
@@ -230,6 +253,18 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class HagMoeLinear(nn.Linear):
+    """A linear map that computes a short query faster on CPU."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, feeds_linear: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+        self.feeds_linear = feeds_linear
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(hidden_states, self.weight, self.bias, feeds_linear=self.feeds_linear)
+
+
 class HagMoeAttention(nn.Module):
     """Bidirectional multi-head self-attention through the attention function that the config names."""
 
@@ -245,22 +280,26 @@ class HagMoeAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = HagMoeLinear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None = None,
+        real_tokens: "RealTokens | None" = None,
         **flash_kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, where the attention function computes them, weights (B, heads, L, L)."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(heads_shape)
+        key = self.k_proj(hidden_states).view(heads_shape)
+        value = self.v_proj(hidden_states).view(heads_shape)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        if real_tokens is not None:
+            query, key, value = real_tokens.pad(query), real_tokens.pad(key), real_tokens.pad(value)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -275,6 +314,8 @@ class HagMoeAttention(nn.Module):
             sliding_window=self.sliding_window,
             **flash_kwargs,
         )
+        if real_tokens is not None:
+            output = real_tokens.unpad(output)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -285,18 +326,18 @@ class HagMoeMLP(nn.Module):
         super().__init__()
         self.is_gated = config.gated_mlp
         if self.is_gated:
-            self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=config.mlp_bias)
+            self.gate_up_proj = HagMoeLinear(config.hidden_size, 2 * intermediate_size, config.mlp_bias, feeds_linear=True)
         else:
-            self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+            self.up_proj = HagMoeLinear(config.hidden_size, intermediate_size, config.mlp_bias, feeds_linear=True)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = HagMoeLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         if self.is_gated:
             gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-            return self.down_proj(self.act_fn(gate) * up)
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+            return self.down_proj(activate(self.act_fn, gate) * up)
+        return self.down_proj(activate(self.act_fn, self.up_proj(hidden_states)))
 
 
 class HagMoeGate(nn.Linear):
@@ -468,11 +509,12 @@ class HagMoeLayer(GradientCheckpointingLayer):
         token_mask: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None = None,
         packing: Packing | None = None,
+        real_tokens: RealTokens | None = None,
         **flash_kwargs,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D). `attention_mask` is whatever the attention function wants, `token_mask` (B, L) bool."""
         attention_input = self.attention_norm(hidden_states) if self.norms_first else hidden_states
-        attention_output, _ = self.attention(attention_input, attention_mask, rotation, **flash_kwargs)
+        attention_output, _ = self.attention(attention_input, attention_mask, rotation, real_tokens, **flash_kwargs)
         hidden_states = hidden_states + self.dropout(attention_output)
         if not self.norms_first:
             hidden_states = self.attention_norm(hidden_states)
@@ -514,6 +556,10 @@ class HagMoePreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(HagMoeRouter, index=0),
         "expert_index": OutputRecorder(HagMoeRouter, index=1),
     }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Where nothing is requested, plain products over sorted tokens on CPU, and `grouped_mm` elsewhere."""
+        return super().get_correct_experts_implementation(requested_experts or "segmented_mm")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -676,6 +722,8 @@ class HagMoeModel(HagMoePreTrainedModel):
 
         packing = find_packing(texts, attention_mask, position_ids, kwargs)
         token_mask = None if attention_mask is None else attention_mask.to(texts.device) != 0
+        if token_mask is not None and token_mask.device.type == "cpu" and not is_traced() and token_mask.all():
+            token_mask = attention_mask = None  # a query, most often: there is nothing to leave out
         if position_ids is not None:
             positions: Tensor = position_ids
         elif packing is not None:
@@ -683,29 +731,60 @@ class HagMoeModel(HagMoePreTrainedModel):
         else:
             positions = _positions_from_first_real_token(token_mask, texts)
         self._check_positions(positions)
-        word_states = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         token_types = _zeros(texts) if token_type_ids is None else token_type_ids
+        real_tokens = self._real_tokens(token_mask, kwargs)
+        if real_tokens is not None:
+            positions = real_tokens.unpad(positions.expand(real_tokens.shape))
+            token_types, packing = real_tokens.unpad(token_types), real_tokens.packing()
+        tokens = texts if real_tokens is None else real_tokens.unpad(texts)
+        word_states = self.embeddings.word_embeddings(tokens) if inputs_embeds is None else tokens
         hidden_states = self.embeddings(word_states, token_types, positions)
 
         rotations = {} if self.rotary_emb is None else self.rotary_emb(hidden_states, positions)
-        layer_masks = self._layer_masks(hidden_states, attention_mask, packing)
+        layer_masks = self._layer_masks(hidden_states, attention_mask, packing, real_tokens)
         flash_kwargs = {} if packing is None else self._flash_kwargs(packing, kwargs)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 layer_masks[layer.layer_type],
-                token_mask,
+                token_mask if real_tokens is None else None,
                 rotations.get(layer.layer_type),
                 packing,
+                real_tokens,
                 **flash_kwargs,
             )
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
+        if real_tokens is not None:
+            hidden_states, packing = real_tokens.pad(hidden_states), None
+        elif token_mask is not None:
+            hidden_states = hidden_states.masked_fill(~token_mask.unsqueeze(-1), 0)
         pooled = None if self.pooler is None else self.pooler(pool_texts(hidden_states, token_mask, packing, "cls"))
         return HagMoeModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
 
-    def _layer_masks(self, hidden_states: Tensor, attention_mask: Tensor | None, packing: Packing | None) -> dict:
+    def _real_tokens(self, token_mask: Tensor | None, kwargs: dict) -> RealTokens | None:
+        """Where real tokens are, if leaving padding out of everything but attention is possible and worth its copies."""
+        if token_mask is None or token_mask.device.type != "cpu" or is_traced():
+            return None
+        flags = (f"output_{name}" for name in self._can_record_outputs)
+        is_recorded = any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
+        if is_recorded or self.config._attn_implementation not in ("sdpa", "eager"):
+            return None
+        slot = token_mask.flatten().nonzero().squeeze(-1)
+        if not 0 < slot.numel() < MOST_REAL * token_mask.numel():
+            return None
+        return RealTokens(slot, token_mask.shape)
+
+    def _layer_masks(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        packing: Packing | None,
+        real_tokens: RealTokens | None,
+    ) -> dict:
         """For each type of layer what the attention function wants; packed texts get a block for each text."""
+        if real_tokens is not None:
+            hidden_states, packing = hidden_states.new_empty(*real_tokens.shape, 0), None
         same_text = None if packing is None else packed_sequence_mask_function(packing.sequence_index)
         makers = {
             "full_attention": create_bidirectional_mask,

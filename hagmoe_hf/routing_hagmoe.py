@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     router_logits: Tensor  # (B*L, E) float32, log-probabilities before top-k: their exp sums to 1 over E
     expert_index: Tensor  # (B*L, K) int64 in [0, E), most probable first; E at padding, meaning "no expert"
     expert_weight: Tensor  # (B*L, K) in the model's dtype; 0 at padding
-    log_partition: Tensor  # (B*L, gates) float32, logsumexp of each gate's raw logits, which the z-loss keeps near 0
+    log_partition: Tensor | None  # (B*L, gates) float32, logsumexp of each gate's raw logits; None without gradients
 
 
 class Packing(NamedTuple):
@@ -134,18 +134,20 @@ def route(
     Returns:
         The routing, flattened over sequences and tokens. Logits are float32; both logits given must be, too.
     """
-    log_probs_BLE, group_log_probs, log_partition_BLX = _joint_log_probs(group_logits, expert_logits)
+    log_probs_BLE, group_log_probs = _joint_log_probs(group_logits, expert_logits)
     scores_BLE = log_probs_BLE if expert_bias is None else log_probs_BLE + expert_bias
     if group_log_probs is not None:
         group_scores = group_log_probs if group_bias is None else group_log_probs + group_bias
-        if group_bias is not None:
-            per_group = log_probs_BLE.shape[-1] // group_bias.shape[0]
-            scores_BLE = scores_BLE + group_bias.repeat_interleave(per_group)
+        if group_bias is not None and topk_group > 1:  # inside a single open group it would shift all alike
+            scores_BLE = (scores_BLE.unflatten(-1, (group_bias.shape[0], -1)) + group_bias.unsqueeze(-1)).flatten(-2)
         if topk_group < group_log_probs.shape[-1]:
             scores_BLE = _close_groups(scores_BLE, group_scores, topk_group)
     expert_index_BLK = _top_k_lowest_id_first(scores_BLE, top_k)
-    weight_BLK = _combine(log_probs_BLE.gather(-1, expert_index_BLK), combine_rule)
+    weight_BLK = _combine(log_probs_BLE, expert_index_BLK, combine_rule)
 
+    log_partition = None
+    if torch.is_grad_enabled():
+        log_partition = _log_partition(group_logits, expert_logits).flatten(0, 1)
     if token_mask is not None:
         num_experts = log_probs_BLE.shape[-1]
         expert_index_BLK = expert_index_BLK.masked_fill(~token_mask.unsqueeze(-1), num_experts)
@@ -154,26 +156,33 @@ def route(
         router_logits=log_probs_BLE.flatten(0, 1),
         expert_index=expert_index_BLK.flatten(0, 1),
         expert_weight=weight_BLK.flatten(0, 1).to(dtype),
-        log_partition=log_partition_BLX.flatten(0, 1),
+        log_partition=log_partition,
     )
 
 
-def _joint_log_probs(group_logits: Tensor | None, expert_logits: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(B, L, E) log P(expert); (B, 1 or L, G) log P(group) where there are groups; (B, L, gates) log-partitions."""
-    if group_logits is None:
-        if expert_logits is None:
-            raise ValueError("group_logits=None and expert_logits=None leave nothing to route by; allowed: one None.")
-        log_partition = expert_logits.logsumexp(dim=-1, keepdim=True)
-        return expert_logits - log_partition, None, log_partition
-    group_log_partition = group_logits.logsumexp(dim=-1, keepdim=True)
-    group_log_probs = group_logits - group_log_partition
+def _joint_log_probs(group_logits: Tensor | None, expert_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(B, L, E) log P(expert), and (B, 1 or L, G) log P(group) where there are groups."""
+    group_log_probs = None if group_logits is None else group_logits.log_softmax(dim=-1)
     if expert_logits is None:  # one expert per group: P(expert | group) is 1
-        return group_log_probs, group_log_probs, group_log_partition
-    expert_logits_BLGR = expert_logits.unflatten(-1, (group_logits.shape[-1], -1))
-    expert_log_partition_BLG1 = expert_logits_BLGR.logsumexp(dim=-1, keepdim=True)
-    joint_BLE = (group_log_probs.unsqueeze(-1) + (expert_logits_BLGR - expert_log_partition_BLG1)).flatten(-2)
-    group_log_partition = group_log_partition.expand(*expert_logits.shape[:2], 1)
-    return joint_BLE, group_log_probs, torch.cat([group_log_partition, expert_log_partition_BLG1.squeeze(-1)], dim=-1)
+        if group_log_probs is None:
+            raise ValueError("group_logits=None and expert_logits=None leave nothing to route by; allowed: one None.")
+        return group_log_probs, group_log_probs
+    if group_log_probs is None:
+        return expert_logits.log_softmax(dim=-1), None
+    expert_logits_BLGR = expert_logits.unflatten(-1, (group_log_probs.shape[-1], -1))
+    return (group_log_probs.unsqueeze(-1) + expert_logits_BLGR.log_softmax(dim=-1)).flatten(-2), group_log_probs
+
+
+def _log_partition(group_logits: Tensor | None, expert_logits: Tensor | None) -> Tensor:
+    """(B, L, gates): what separates each gate's raw logits from log-probabilities."""
+    parts = []
+    if group_logits is not None:
+        parts.append(group_logits.logsumexp(dim=-1, keepdim=True))
+    if expert_logits is not None:
+        num_groups = 1 if group_logits is None else group_logits.shape[-1]
+        parts.append(expert_logits.unflatten(-1, (num_groups, -1)).logsumexp(dim=-1))
+        parts[0] = parts[0].expand(*expert_logits.shape[:2], -1)
+    return torch.cat(parts, dim=-1)
 
 
 def _close_groups(scores_BLE: Tensor, group_scores: Tensor, topk_group: int) -> Tensor:
@@ -195,8 +204,11 @@ def _top_k_lowest_id_first(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
-def _combine(log_prob_BLK: Tensor, combine_rule: str) -> Tensor:
+def _combine(log_probs_BLE: Tensor, expert_index_BLK: Tensor, combine_rule: str) -> Tensor:
     """Weights (B, L, K) of the chosen experts; every rule keeps the gradient of their probabilities."""
+    if combine_rule == "selection" and not torch.is_grad_enabled():
+        return log_probs_BLE.new_full((), 1.0 / expert_index_BLK.shape[-1]).expand(expert_index_BLK.shape)
+    log_prob_BLK = log_probs_BLE.gather(-1, expert_index_BLK)
     if combine_rule == "normalized":
         return log_prob_BLK.softmax(dim=-1)
     prob_BLK = log_prob_BLK.exp()

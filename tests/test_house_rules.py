@@ -21,6 +21,7 @@ RANKS = {
     "sentence": 0,
     "configuration_hagmoe": 0,
     "families": 0,
+    "kernels_hagmoe": 0,
     "routing_hagmoe": 0,
     "modeling_hagmoe": 1,
     "importing": 2,
@@ -34,7 +35,7 @@ RANKS = {
     "demo": 5,
     "cli": 6,
 }
-HUB_FILES = ("configuration_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
+HUB_FILES = ("configuration_hagmoe.py", "kernels_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
 
 
 def room(path: Path) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
 from hagmoe_hf.modeling_hagmoe import HagMoeSparseMLP
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["segmented_mm", "eager", "grouped_mm", "batched_mm"]
 each_mode = pytest.mark.parametrize("changes", MODES.values(), ids=MODES.keys())
 
 

@@ -1,0 +1,134 @@
+"""How matrix products and experts are computed fast on CPU; the numbers are those of the plain ways, up to rounding.
+
+This file travels to the Hub beside the weights, so it imports nothing but torch and transformers.
+
+Axes:  T tokens   D in_features or hidden_size   N out_features   E experts   K experts per token
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+# So few tokens multiply faster as `weight @ states.T`: MKL streams the weight once instead of repacking it
+FEW_TOKENS = range(6, 57)
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, feeds_linear: bool = False) -> Tensor:
+    """`F.linear`, turned around for the few tokens of a query where nothing needs a gradient.
+
+    Args:
+        states: (..., D).
+        weight: (N, D).
+        bias: (N,) or None.
+        feeds_linear: Whether only an activation stands between this product and the next, which then takes it as it lies
+            in memory, transposed; otherwise it is copied into the usual order.
+
+    Returns:
+        (..., N).
+    """
+    if not is_plain_inference(states, weight) or states.numel() // states.shape[-1] not in FEW_TOKENS:
+        return F.linear(states, weight, bias)
+    states_DT = states.reshape(-1, states.shape[-1]).t()
+    product_NT = weight @ states_DT
+    if feeds_linear:
+        product_TN = (product_NT if bias is None else product_NT.add_(bias.unsqueeze(-1))).t()
+    else:
+        product_TN = states.new_empty(product_NT.shape[::-1])
+        product_TN = product_TN.copy_(product_NT.t()) if bias is None else torch.add(product_NT.t(), bias, out=product_TN)
+    return product_TN.view(*states.shape[:-1], -1)
+
+
+def activate(act_fn: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """`act_fn(states)`, in place where no gradient needs `states`: a second large temporary costs page faults."""
+    if isinstance(act_fn, GELUActivation) and act_fn.act is F.gelu and is_plain_inference(states, states):
+        return torch.ops.aten.gelu_(states)
+    return act_fn(states)
+
+
+def is_plain_inference(states: Tensor, weight: Tensor) -> bool:
+    """Whether these are ordinary float32 tensors in CPU memory, outside of autograd and of tracing."""
+    return (
+        not torch.is_grad_enabled()
+        and states.device.type == "cpu"
+        and states.dtype == weight.dtype == torch.float32
+        and type(states) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)  # quantised and sharded weights multiply their own way
+        and not is_traced()
+    )
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is watching, for whom nothing may depend on the data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts on CPU: sort the tokens by expert once, then plain matrix products over each expert's segment.
+
+    Elsewhere, and while traced, this is transformers' `grouped_mm`, which needs no counts on the host.
+
+    Args:
+        self: The experts module: stacked weights, `num_experts`, `has_gate`, `has_bias`, `act_fn`.
+        hidden_states: (T, D).
+        top_k_index: (T, K) int64 in [0, E]; E, which is `num_experts`, means "no expert".
+        top_k_weights: (T, K).
+
+    Returns:
+        (T, D), the weighted sum over each token's experts.
+    """
+    if hidden_states.device.type != "cpu" or is_traced():
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    (num_tokens, top_k), num_experts = top_k_index.shape, self.num_experts
+    choices = top_k_index.flatten()
+    counts = choices.bincount(minlength=num_experts)[:num_experts].tolist()
+    num_choices = sum(counts)
+    # An unused stack must stay in the graph, or DDP would wait for its gradient
+    used = [expert for expert, count in enumerate(counts) if count] or [0]
+    is_sorted = top_k == 1 and counts[used[0]] == num_tokens  # as for a query that one expert takes whole
+    order = None if is_sorted else choices.argsort(stable=True)[:num_choices]  # "no expert" comes last
+    states = hidden_states if order is None else hidden_states.index_select(0, order if top_k == 1 else order // top_k)
+    segments = states.split(counts)
+    outputs = [_expert(self, segments[expert], weights) for expert, weights in _weights(self, used)]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if order is not None:
+        rows = num_tokens * top_k
+        target = output.new_empty if num_choices == rows else output.new_zeros
+        output = target(rows, output.shape[-1]).index_copy(0, order, output)
+    if top_k > 1:
+        return (top_k_weights.unsqueeze(1) @ output.view(num_tokens, top_k, -1)).squeeze(1)
+    if torch.is_grad_enabled() or self.config.combine_rule == "softmax":
+        return output * top_k_weights
+    return output  # the other rules give one expert the weight 1
+
+
+def _weights(self: Any, used: list[int]) -> Iterator[tuple[int, tuple]]:
+    """(expert, its up weight, up bias, down weight, down bias) for every used expert; None for a missing bias."""
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    names = [name for kind in (up_name, "down_proj") for name in (kind, f"{kind}_bias")]
+    stacks = [getattr(self, name) if self.has_bias or not name.endswith("_bias") else None for name in names]
+    if torch.is_grad_enabled():
+        # Once: the backward of a slice `stack[expert]` would allocate a zero tensor of the whole stack
+        stacks = [None if stack is None else stack.unbind(0) for stack in stacks]
+    for expert in used:
+        yield expert, tuple(None if stack is None else stack[expert] for stack in stacks)
+
+
+def _expert(self: Any, states: Tensor, weights: tuple) -> Tensor:
+    up, up_bias, down, down_bias = weights
+    inner = linear(states, up, up_bias, feeds_linear=True)
+    if self.has_gate:
+        gate, inner_up = inner.chunk(2, dim=-1)
+        inner = activate(self.act_fn, gate) * inner_up
+    else:
+        inner = activate(self.act_fn, inner)
+    return linear(inner, down, down_bias)
+
+
+ALL_EXPERTS_FUNCTIONS.register("segmented_mm", segmented_mm_experts_forward)
+
+__all__ = ["activate", "is_plain_inference", "is_traced", "linear", "segmented_mm_experts_forward"]

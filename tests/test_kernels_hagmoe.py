@@ -1,0 +1,121 @@
+import pytest
+import torch
+from conftest import MODES, spread, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from hagmoe_hf import HagMoeModel
+from hagmoe_hf.kernels_hagmoe import FEW_TOKENS, activate, linear
+
+each_mode = pytest.mark.parametrize("changes", MODES.values(), ids=MODES.keys())
+
+
+def tiny_model(**changes) -> HagMoeModel:
+    return spread(HagMoeModel(tiny_config(**changes))).eval()
+
+
+def batch(mask: list[list[int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    mask = torch.tensor(mask)
+    ids = torch.randint(1, 99, mask.shape, generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("feeds_linear", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (1, FEW_TOKENS.start), (2, 9), (1, FEW_TOKENS.stop - 1), (1, FEW_TOKENS.stop)])
+def test_a_product_turned_around_is_the_same_product(shape, feeds_linear, has_bias):
+    """A query must not get another vector than the same text inside a corpus."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(*shape, 24, generator=generator), torch.randn(40, 24, generator=generator)
+    bias = torch.randn(40, generator=generator) if has_bias else None
+    with torch.no_grad():
+        got = linear(states, weight, bias, feeds_linear=feeds_linear)
+    assert got.shape == (*shape, 40)
+    assert torch.allclose(got, F.linear(states, weight, bias), atol=1e-5)
+
+
+def test_with_gradients_a_product_is_the_plain_one():
+    """Training must meet nothing but torch's own, differentiable functions."""
+    states, weight = torch.randn(1, 16, 24), torch.randn(40, 24, requires_grad=True)
+    linear(states, weight, None).sum().backward()
+    assert torch.allclose(weight.grad, states.sum(1).expand(40, -1))
+
+
+def test_an_activation_overwrites_its_input_only_where_no_gradient_needs_it():
+    """In place under autograd would be an error, or a wrong gradient; a copy in inference would cost the memory again."""
+    gelu = ACT2FN["gelu"]
+    states = torch.randn(5, 8)
+    kept, expected = states.clone(), F.gelu(states)
+    assert torch.equal(activate(gelu, states), expected)
+    assert torch.equal(states, kept)
+    with torch.no_grad():
+        assert torch.equal(activate(ACT2FN["gelu_new"], states), ACT2FN["gelu_new"](states))
+        assert torch.equal(states, kept)
+        assert torch.equal(activate(gelu, states), expected)
+    assert torch.equal(states, expected)
+
+
+def test_the_default_on_cpu_is_never_a_batched_product_and_a_request_is_honoured():
+    """`batched_mm` copies an expert's weights for every token; on CPU it is slower by a factor of a hundred."""
+    assert tiny_model().config._experts_implementation == "segmented_mm"
+    assert HagMoeModel._from_config(tiny_config(), experts_implementation="grouped_mm").config._experts_implementation == (
+        "grouped_mm"
+    )
+
+
+@each_mode
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=2, max_size=5).filter(any), left=st.booleans(), seed=st.integers(0, 99))
+def test_leaving_padding_out_changes_no_vector(changes, lengths, left, seed):
+    """Recording turns it off, so the same texts go both ways."""
+    width = max(lengths) + 2
+    rows = [[1] * length + [0] * (width - length) for length in lengths]
+    inputs = batch([row[::-1] for row in rows] if left else rows, seed)
+    model = tiny_model(mlp_layer_types=["sparse"] * 3, **changes)
+    with torch.no_grad():
+        alone, recorded = model(**inputs), model(**inputs, output_hidden_states=True)
+    assert torch.allclose(alone.last_hidden_state, recorded.last_hidden_state, atol=1e-5)
+    assert (alone.last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
+
+
+def test_gradients_are_the_same_without_padding(monkeypatch):
+    """Training runs without padding, too; only the time may change."""
+    inputs = batch([[1] * 9, [1] * 3 + [0] * 6, [1] + [0] * 8])
+    grads = []
+    for most_real in (1.0, 0.0):
+        monkeypatch.setattr("hagmoe_hf.modeling_hagmoe.MOST_REAL", most_real)
+        model = tiny_model(mlp_layer_types=["sparse"] * 3)
+        (model(**inputs).last_hidden_state ** 2).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.allclose(grad, grads[1][name], atol=1e-4, rtol=1e-4), name
+
+
+def test_padding_never_enters_a_feed_forward_block():
+    """Dense layers, too: a batch of mixed lengths is mostly padding."""
+    model = tiny_model()
+    seen = []
+    for layer in model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel()))
+    with torch.no_grad():
+        model(**batch([[1] * 9, [1] * 3 + [0] * 6]))
+    assert seen == [12] * 3
+
+
+def test_adapters_take_part_in_a_short_query():
+    """An adapter wraps its linear layer; a product that went around the wrapper would lose what was learned."""
+    peft = pytest.importorskip("peft")
+    inputs = batch([[1] * 16])
+    model = tiny_model()
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["down_proj", "o_proj"], init_lora_weights=False)
+        )
+        after = adapted.eval()(**inputs).last_hidden_state
+        merged = adapted.merge_and_unload()(**inputs).last_hidden_state
+    assert (after - before).abs().max() > 1e-3
+    assert torch.allclose(after, merged, atol=1e-5)
