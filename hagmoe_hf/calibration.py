@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .modeling_hagmoe import HagMoeModel, HagMoePreTrainedModel, HagMoeRouter
-from .routing_hagmoe import attention_pool
+from .routing_hagmoe import Packing, attention_pool_packed
 
 MOST_TEXTS = 4096  # more make no better start
 MOST_TOKENS = 65536  # of each layer, for the experts
@@ -146,13 +146,20 @@ def _router_inputs(
     }
 
     def look(router: HagMoeRouter, inputs: tuple) -> None:
-        states, mask, mine = inputs[0].float(), inputs[1], seen[router]
-        query = states.new_zeros(states.shape[-1]) if router.attention_query is None else router.attention_query.float()
-        sampled = mask.cpu() & (torch.rand(mask.shape, generator=generator) < share)
-        mine.owners.append(torch.nonzero(sampled)[:, 0] + sum(map(len, mine.pooled)))
-        mine.tokens.append(states[sampled.to(states.device)].cpu())
-        mine.pooled.append(attention_pool(states, query, mask).cpu())
-        mine.lengths.append(mask.sum(-1).float().cpu())
+        states, mask, packing, mine = inputs[0].float(), inputs[1], inputs[2], seen[router]
+        if packing is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+            states_TD, owner_T = states.cpu()[mask], torch.nonzero(mask)[:, 0]
+        else:  # the encoder has left the padding out already
+            states_TD, owner_T = states.flatten(0, 1).cpu(), packing.sequence_index.flatten().cpu()
+        query = torch.zeros(states.shape[-1]) if router.attention_query is None else router.attention_query.float().cpu()
+        texts_of_batch = Packing(owner_T.unsqueeze(0), int(owner_T[-1]) + 1, True)
+        pooled_TD = attention_pool_packed(states_TD.unsqueeze(0), query, texts_of_batch)[0]
+        is_sampled_T = torch.rand(len(owner_T), generator=generator) < share
+        mine.owners.append(owner_T[is_sampled_T] + sum(map(len, mine.pooled)))
+        mine.tokens.append(states_TD[is_sampled_T])
+        mine.pooled.append(pooled_TD[texts_of_batch.starts()])
+        mine.lengths.append(torch.bincount(owner_T).float())
 
     hooks = [router.register_forward_pre_hook(look) for router in seen]
     was_training = mixture.training

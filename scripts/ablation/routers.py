@@ -59,16 +59,20 @@ class FixedRouter(nn.Module):
         self.expert: Tensor | None = None  # (B,) of the texts' domains, for "domain"
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing=None) -> Routing:
-        """As `HagMoeRouter`: (B, L, D) states, of which nothing is used but their shape."""
-        batch, length = hidden_states.shape[:2]
+        """As `HagMoeRouter`: (B, L, D) states, or (1, T, D) of the real tokens alone; only their shape is used."""
+        ids_BL, text_BL = self.input_ids, torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+        if packing is not None:  # the encoder has left the padding out
+            ids_BL, text_BL = ids_BL[ids_BL != self.config.pad_token_id].unsqueeze(0), packing.sequence_index
+        text_BL = text_BL.expand(hidden_states.shape[:2])
+        key_BL = ids_BL * PRIME % 2**32
+        if token_mask is not None:
+            key_BL = key_BL * token_mask
+        if self.rule == "text hash":  # of the sum over its own tokens
+            texts = key_BL.new_zeros(text_BL.shape.numel()).index_add(0, text_BL.flatten(), key_BL.flatten())
+            key_BL = (texts * PRIME % 2**32)[text_BL]
+        expert_BL = key_BL // 2**16 % self.config.num_experts
         if self.rule == "domain":
-            expert_BL = self.expert.expand(batch)[:, None].expand(batch, length)
-        else:
-            key_BL = self.input_ids * PRIME % 2**32
-            if self.rule == "text hash":  # of the sum, so that padding, and nothing else, is left out
-                key_BL = (key_BL * token_mask).sum(-1, keepdim=True) * PRIME % 2**32
-                key_BL = key_BL.expand(batch, length)
-            expert_BL = key_BL // 2**16 % self.config.num_experts
+            expert_BL = self.expert[text_BL] if len(self.expert) > 1 else self.expert.expand(text_BL.shape)
         logits_BLE = CERTAIN * nn.functional.one_hot(expert_BL, self.config.num_experts).float()
         return route(
             None, logits_BLE, token_mask, topk_group=1, top_k=1, combine_rule="selection", dtype=hidden_states.dtype
