@@ -24,16 +24,19 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedModel,
 )
 
 from . import modeling_hagmoe, sentence
+from .calibration import Calibration, Tokenize, calibrate
 from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
 from .families import FAMILIES, Family, KeyRules
 from .model_card import upcycled_card
 from .modeling_hagmoe import HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
 
 StateDict: TypeAlias = dict[str, Tensor]
+CALIBRATION_LENGTH = 128  # tokens; what a text is about shows in its beginning
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class UpcyclingReport:
         parent_parameters: Numbers in the parent.
         total_parameters: Numbers in the mixture.
         active_parameters: Numbers that one token passes in the mixture.
+        calibration: What the gates were started from; None where they are random.
     """
 
     parent: str
@@ -67,6 +71,7 @@ class UpcyclingReport:
     parent_parameters: int
     total_parameters: int
     active_parameters: int
+    calibration: Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -90,6 +95,7 @@ class UpcyclingReport:
                 line("new", self.new, "routers and expert output biases"),
                 f"  parent {self.parent_parameters:,} parameters; mixture {self.total_parameters:,} in total, "
                 f"{self.active_parameters:,} active per token ({ratio:.4f}x the parent)",
+                *(() if self.calibration is None else (f"  {self.calibration}",)),
             )
         )
 
@@ -105,6 +111,7 @@ def upcycle(
     shared_expert_fraction: float = 0.5,
     group_routing: str = "sequence",
     combine_rule: str = "selection",
+    calibration_texts: Sequence[str] | None = None,
     seed: int = 0,
     allow_key_mismatch: bool = False,
 ) -> Any:
@@ -124,7 +131,10 @@ def upcycle(
             rounded to a multiple of 8 neurons.
         group_routing: "sequence" or "token": who opens groups.
         combine_rule: "selection" or "normalized"; "softmax" weights do not sum to 1 and could not reproduce the parent.
-        seed: Seed of the new routers' weights.
+        calibration_texts: Texts like those that the mixture is for, some hundreds from every domain and language: the gates
+            start from them, so that groups are domains or languages and evenly loaded from the first step on. Where None,
+            the gates start at random, and most texts open the same group. The outputs are the parent's either way.
+        seed: Seed of the new routers' weights, and of the calibration.
         allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then
             stay random. A path or Hub id only.
 
@@ -134,7 +144,8 @@ def upcycle(
         `UpcyclingReport`.
 
     Raises:
-        ValueError: A family, head, layer, width or option that cannot be upcycled, or weights that are not finite.
+        ValueError: A family, head, layer, width or option that cannot be upcycled, weights that are not finite, calibration
+            texts that are none or too few, or such texts for a model that comes without its tokenizer.
         TypeError: `parent` is none of the above.
 
     Source: sparse upcycling, arXiv 2212.05055; shared experts, arXiv 2401.06066.
@@ -149,10 +160,16 @@ def upcycle(
     }
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
-        return _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
+        mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
+        if calibration_texts is not None:
+            calibration = calibrate(mixture, _tokenize_for(given, mixture), calibration_texts, seed)
+            mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
+        return mixture
 
+    given = parent
     if isinstance(parent, str | os.PathLike):
         parent = load_parent(parent, allow_key_mismatch)
+        given = parent if sentence.is_sentence_transformer(parent) else given
     if isinstance(parent, PreTrainedModel):
         return upcycle_model(parent)
     if sentence.is_sentence_transformer(parent):
@@ -160,6 +177,19 @@ def upcycle(
     raise TypeError(
         f"parent is a {type(parent).__name__}; allowed: a path or Hub id, a transformers model, a SentenceTransformer."
     )
+
+
+def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
+    """How the texts of a parent are tokenized: by its own tokenizer, up to its own longest text."""
+    if isinstance(given, PreTrainedModel):
+        raise ValueError(
+            f"calibration_texts with a {type(given).__name__}, which comes without its tokenizer; allowed: a path or Hub "
+            "id, or a SentenceTransformer."
+        )
+    is_path = isinstance(given, str | os.PathLike)
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(given)) if is_path else given.tokenizer
+    longest = min(CALIBRATION_LENGTH, mixture.config.max_text_length or CALIBRATION_LENGTH)
+    return lambda texts: tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
 
 def load_parent(name_or_path: str | os.PathLike, allow_key_mismatch: bool = False) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, spread
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from hagmoe_hf import demo
 from hagmoe_hf.cli.main import main
@@ -35,6 +35,18 @@ def test_upcycle_writes_a_model_and_its_report(tmp_path, monkeypatch, capsys, re
     assert mixture[0].model.config.n_group == 2
     assert np.abs(mixture.encode(texts) - real_parent.encode(texts)).max() <= 2e-6
     assert [path.name for path in tmp_path.iterdir()] == ["mixture"], "no temporary folder may stay behind"
+
+
+def test_gates_start_from_a_file_of_texts(tmp_path, monkeypatch, capsys):
+    """From the shell, and for a bare encoder, whose tokenizer lies in the same folder."""
+    parent, texts = tmp_path / "parent", tmp_path / "texts.txt"
+    spread(BertModel(BertConfig(**{**TINY, "vocab_size": 30522}))).save_pretrained(parent)
+    AutoTokenizer.from_pretrained(parent_folder()).save_pretrained(parent)
+    texts.write_text("\n".join(demo.read_corpus()[0][:30]), encoding="utf-8")
+    out = tmp_path / "out"
+    assert hagmoe("upcycle", parent, out, "--calibration-texts", texts, monkeypatch=monkeypatch) == 0
+    assert "gates started from 30 texts" in capsys.readouterr().out
+    assert json.loads((out / "upcycling_report.json").read_text())["calibration"]["texts"] == 30
 
 
 def test_a_plain_transformers_folder_keeps_its_tokenizer(tmp_path, monkeypatch):

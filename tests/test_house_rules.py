@@ -26,14 +26,15 @@ RANKS = {
     "modeling_hagmoe": 1,
     "importing": 2,
     "hub": 2,
-    "upcycling": 2,
-    "analysis": 3,
-    "evaluation": 3,
-    "export": 3,
-    "training": 3,
-    "demo": 4,
-    "benchmark": 5,
-    "cli": 6,
+    "calibration": 2,
+    "upcycling": 3,
+    "analysis": 4,
+    "evaluation": 4,
+    "export": 4,
+    "training": 4,
+    "demo": 5,
+    "benchmark": 6,
+    "cli": 7,
 }
 HUB_FILES = ("configuration_hagmoe.py", "kernels_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
 

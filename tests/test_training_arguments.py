@@ -35,6 +35,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["--loss_options", "[1]"], "loss_options='\\[1\\]' is not possible; allowed: a JSON object"),
         (["--temperature", "0.5"], "temperature=0.5 is not possible; allowed: 1"),
         (["--max_rows", "0"], "max_rows=0 is not possible; allowed: at least 1"),
+        (["--calibration_rows", "-1"], "calibration_rows=-1 is not possible; allowed: 0"),
+        (["--objective", "mlm", "--calibration_rows", "2"], "calibration_rows=2 is not possible; allowed: 0 with"),
         (["--where", "split"], "where='split' is not possible; allowed: COLUMN=VALUE"),
         (["--loss", "distill_kl"], "teacher=None is not possible; allowed: a folder or Hub id for loss='distill_kl'"),
         (["--teacher", "t"], "teacher='t' is not possible; allowed: None with this loss"),

@@ -21,6 +21,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer import losses as st_losses
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel, TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from hagmoe_hf import HagMoeConfig, HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel, upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
@@ -405,6 +406,29 @@ def test_without_the_callback_nothing_moves_the_biases(tiny, tmp_path):
         model=tiny, args=arguments(tmp_path), train_dataset=pairs(8), loss=st_losses.MultipleNegativesRankingLoss(tiny)
     ).train()
     assert all((block.router.expert_bias == 0).all() for block in blocks_of(tiny))
+
+
+def test_a_loop_without_trainer_is_balanced_as_by_the_trainer(tiny, tmp_path):
+    """Whoever has a loop of their own drives the same callback by hand; one that stays silent there would never balance."""
+    by_trainer = SentenceTransformer(tiny[0].model.name_or_path, device="cpu")
+    SentenceTransformerTrainer(
+        model=by_trainer,
+        args=arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        train_dataset=pairs(8),
+        loss=st_losses.MultipleNegativesRankingLoss(by_trainer),
+        callbacks=[RouterCallback()],
+    ).train()
+    loss, callback = st_losses.MultipleNegativesRankingLoss(tiny), RouterCallback()
+    tiny.train()
+    callback.on_train_begin(None, TrainerState(), None, model=tiny, loss=loss)
+    features = [tiny.preprocess(list(pairs(8)[column])) for column in ("anchor", "positive")]
+    loss([{name: value.clone() for name, value in part.items()} for part in features], None).backward()
+    callback.on_step_end(None, TrainerState(), None)
+    callback.on_train_end(None, TrainerState(), None)
+    for mine, other in zip(blocks_of(tiny), blocks_of(by_trainer), strict=True):
+        assert (mine.router.expert_bias != 0).any()
+        assert torch.allclose(mine.router.expert_bias, other.router.expert_bias)
+        assert mine.routing_observer is None
 
 
 def test_evaluation_and_encoding_leave_counts_and_biases_alone(tiny, tmp_path):

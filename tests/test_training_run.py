@@ -247,6 +247,19 @@ def test_frozen_weights_stay_and_the_others_move(tmp_path, tiny_parent, pairs_fi
     assert any(".experts." in name for name in moved)
 
 
+def test_gates_start_from_the_rows_that_are_trained_on(tmp_path, tiny_parent, pairs_file, capsys):
+    """With a rate of 0 nothing but the start can have moved the gates; the same seed starts them the same way."""
+    for name in ("one", "same"):
+        train(words(tmp_path / name, tiny_parent, pairs_file, learning_rate=0, calibration_rows=40, domain_column="domain"))
+    assert "gates started from 240 texts" in capsys.readouterr().out
+    assert largest_difference(tmp_path / "one", tmp_path / "same") == 0
+    fresh = upcycle(sentence.load(str(tiny_parent), device="cpu"), seed=42)[0].model.state_dict()
+    started = load_file(tmp_path / "one/model/model.safetensors")
+    changed = {name for name in started if not torch.equal(started[name], fresh[name])}
+    assert changed
+    assert all(".router." in name for name in changed)
+
+
 def test_adapters_train_resume_and_end_in_a_plain_model(tmp_path, tiny_parent, pairs_file):
     """Checkpoints hold adapters beside the base they belong to; the model needs no PEFT."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .. import demo as demo_room
+from ..calibration import read_texts
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
@@ -64,6 +65,9 @@ def upcycle(
     shared_expert_fraction: Annotated[float, typer.Option(help="Share of the neurons that every token passes.")] = 0.5,
     group_routing: Annotated[Literal["sequence", "token"], typer.Option(help="Who opens groups.")] = "sequence",
     combine_rule: Annotated[Literal["selection", "normalized"], typer.Option(help="Weights of the experts.")] = "selection",
+    calibration_texts: Annotated[
+        Path | None, typer.Option(help="UTF-8 file, one text per line, from which the gates start; random gates by default.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new routers.")] = 0,
     allow_key_mismatch: Annotated[
         bool, typer.Option("--allow-key-mismatch", help="Go on where weights are missing or left over.")
@@ -81,6 +85,7 @@ def upcycle(
             shared_expert_fraction=shared_expert_fraction,
             group_routing=group_routing,
             combine_rule=combine_rule,
+            calibration_texts=None if calibration_texts is None else read_texts(calibration_texts),
             seed=seed,
             allow_key_mismatch=allow_key_mismatch,
         )

@@ -77,6 +77,9 @@ class TrainOptions:
     combine_rule: str = field(
         default="selection", metadata=_help("Upcycling: weights of experts.", choices=("selection", "normalized"))
     )
+    calibration_rows: int = field(
+        default=0, metadata=_help("Upcycling: start the gates from so many rows of every domain of train_data.")
+    )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
     bias_update_rate: float | None = field(
@@ -113,6 +116,7 @@ class TrainOptions:
         _require(bool(self.train_data), "train_data", self.train_data, "at least one file or dataset name")
         _require(self.temperature >= 1, "temperature", self.temperature, "1 (in proportion) or more")
         _require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
+        _require(self.calibration_rows >= 0, "calibration_rows", self.calibration_rows, "0 (random gates) or more")
         _require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "a share between 0 and 1")
         _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
         for condition in self.where:
@@ -132,6 +136,8 @@ class TrainOptions:
             self.teacher,
             f"a folder or Hub id for loss={self.loss!r}" if needs_teacher else "None with this loss or objective",
         )
+        if self.calibration_rows and self.objective == "mlm":
+            _require(False, "calibration_rows", self.calibration_rows, "0 with objective='mlm'")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
 

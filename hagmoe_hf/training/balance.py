@@ -85,7 +85,9 @@ class StepRecorder:
         """Add one block's choices: (T, E) log-probabilities, (T, gates) log-partitions, (T, K) experts; padding included."""
         num_experts = router_logits.shape[-1]
         real_T = (expert_index[:, 0] < num_experts).to(torch.float32)
-        counts_E = torch.bincount(expert_index.flatten(), minlength=num_experts + 1)[:num_experts]
+        # Not bincount: it waits for the GPU to learn the largest index
+        choices = expert_index.flatten()
+        counts_E = choices.new_zeros(num_experts + 1).scatter_add(0, choices, torch.ones_like(choices))[:num_experts]
         probs_TE = router_logits.exp()
         chosen_TK = probs_TE.gather(-1, expert_index.clamp(max=num_experts - 1))
         sums = self._sums[layer]
@@ -118,15 +120,14 @@ class StepRecorder:
     def finish_step(self) -> StepSummary:
         """Sum the step over all ranks, keep what the next step's auxiliary terms need, and start anew."""
         device = self._sums.device
-        flat = torch.cat([self._sums.flatten(), torch.tensor([self._losses], dtype=torch.float64, device=device)])
+        sums, losses = self._sums.clone(), float(self._losses)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat([sums.flatten(), torch.tensor([losses], dtype=torch.float64, device=device)])
             torch.distributed.all_reduce(flat)
-        sums = flat[:-1].view_as(self._sums)
+            sums, losses = flat[:-1].view_as(sums), float(flat[-1])  # only here the step waits for the GPU
         num_experts = (sums.shape[-1] - 3) // 2
         confidence, z, tokens = sums[:, -3:].unbind(-1)
-        summary = StepSummary(
-            sums[:, :num_experts], sums[:, num_experts : 2 * num_experts], confidence, z, tokens, float(flat[-1])
-        )
+        summary = StepSummary(sums[:, :num_experts], sums[:, num_experts : 2 * num_experts], confidence, z, tokens, losses)
         if summary.losses:
             self.previous_load = summary.load
             self.previous_tokens_per_loss = (tokens / summary.losses).clamp(min=1)

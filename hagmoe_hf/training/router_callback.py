@@ -33,6 +33,10 @@ class RouterCallback(TrainerCallback, ExportableState):
     only). Over all layers: `router/aux_loss`, `router/z_loss` (both before their weights; the logged `loss` is without
     them), and `router/drift`, 1 minus the mean cosine between the vectors of some training texts now and at the start.
 
+    A loop without trainer gives its model and its loss (a module) to `on_train_begin(None, TrainerState(), None, model=...,
+    loss=...)` and calls `on_step_end(None, state, None)` after every optimizer step, and `on_train_end` last; nothing is
+    logged then.
+
     Args:
         bias_update_rate: Largest step of an idle group's or expert's bias, in nats; 0 leaves the biases alone.
         aux_loss_coef: Weight of the load balance term.
@@ -125,7 +129,7 @@ class RouterCallback(TrainerCallback, ExportableState):
         for row, (_, block) in enumerate(self._layers):
             block.routing_observer = partial(self._observe, row)
             self._undo.append(partial(setattr, block, "routing_observer", None))
-        losses = getattr(self._trainer, "loss", None)
+        losses = kwargs.get("loss", getattr(self._trainer, "loss", None))
         for loss in losses.values() if isinstance(losses, dict) else [losses]:
             if isinstance(loss, nn.Module):
                 self._undo.append(loss.register_forward_pre_hook(self._agreement.start).remove)

@@ -136,11 +136,11 @@ def _train_embeddings(
             f"batch_sampler={str(arguments.batch_sampler)!r} with one_domain_batches=False; allowed: 'batch_sampler', or "
             "batches of one domain."
         )
-    model = _load_model(options, arguments, final.parent)
+    train_data, report = _load_data(options, arguments, options.train_data, max_rows=options.max_rows)
+    model = _load_model(options, arguments, train_data, final.parent)
     wanted = callbacks(options)
     curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
 
-    train_data, report = _load_data(options, arguments, options.train_data, max_rows=options.max_rows)
     write_report(arguments, report)
     kind = LOSSES[options.loss]
     refuse_too_small(train_data, arguments.train_batch_size, arguments.dataloader_drop_last, kind.compares_rows)
@@ -200,12 +200,21 @@ def _refuse_unknown_domains(curriculum: CurriculumCallback | None, train_data: D
             )
 
 
-def _load_model(options: TrainOptions, arguments: SentenceTransformerTrainingArguments, output: Path) -> SentenceTransformer:
+def _calibration_texts(train_data: DatasetDict, rows: int, seed: int) -> list[str] | None:
+    """All texts of a sample of rows from every domain; None for no rows."""
+    samples = [data.shuffle(seed=seed).select(range(min(rows, len(data)))) for data in train_data.values()]
+    return [text for data in samples for row in data for text in row.values() if isinstance(text, str)] if rows else None
+
+
+def _load_model(
+    options: TrainOptions, arguments: SentenceTransformerTrainingArguments, train_data: DatasetDict, output: Path
+) -> SentenceTransformer:
     """The mixture to train, frozen and adapted as wanted."""
     assert options.model is not None
     model = sentence.load(options.model, device=str(arguments.device))
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
-        model = upcycle(model, seed=arguments.seed, **options.upcycling)
+        texts = _calibration_texts(train_data, options.calibration_rows, arguments.seed)
+        model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)

@@ -1,0 +1,306 @@
+"""Start the gates of a mixture from the user's texts, so that groups are domains or languages from step 0.
+
+Fresh gates are random directions, and the states of all texts share a large common one: most texts would open the same
+group. Here the keys of the gates are clusters of what the gates see: pooled texts for groups, tokens for experts of a group.
+An upcycled mixture computes the same for every routing, so nothing of its outputs changes.
+
+A gate has no bias, and states are clustered around their mean `m`. The mean is taken off inside the gate's weights: `u` is
+the linear functional that is 1 at `m` and varies least over the texts, so `k . (x - m)` is nearly `(k - (k . m) u) . x`.
+
+Axes:  N texts or tokens   D hidden_size   G groups   R experts per group   E = G*R experts   C clusters
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .modeling_hagmoe import HagMoeModel, HagMoePreTrainedModel, HagMoeRouter
+from .routing_hagmoe import Packing, attention_pool_packed
+
+MOST_TEXTS = 4096  # more make no better start
+MOST_TOKENS = 65536  # of each layer, for the experts
+BATCH_SIZE = 32
+# Mean probability of the chosen group or expert. At the uniform value all texts would change sides together with the first
+# small change; near 1 the gates would get no gradient.
+CONFIDENCE = 0.75
+
+Tokenize = Callable[[list[str]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """How even a calibrated layer is on the texts that it was calibrated with, by tokens.
+
+    Attributes:
+        layer: The sparse layer.
+        largest_group: Load of the most loaded group over the mean group's; 1 is even.
+        largest_expert: The same of experts.
+    """
+
+    layer: int
+    largest_group: float
+    largest_expert: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the gates were started from.
+
+    Attributes:
+        texts: Texts that were looked at.
+        layers: One entry for each sparse layer.
+    """
+
+    texts: int
+    layers: tuple[LayerStart, ...]
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{start.largest_group:.2f}x in layer {start.layer}" for start in self.layers)
+        return f"gates started from {self.texts} texts; largest group against the mean one: {shares}"
+
+
+def read_texts(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file that hold a text.
+
+    Args:
+        path: A text file, one text per line.
+
+    Raises:
+        ValueError: The file is not UTF-8, or holds no text.
+        OSError: The file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); allowed: a UTF-8 file.") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no text; allowed: one text per line.")
+    return texts
+
+
+@torch.no_grad()
+def calibrate(mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: Sequence[str], seed: int) -> Calibration:
+    """Set gates and balancing biases of every router from texts; all other weights stay.
+
+    Args:
+        mixture: A mixture whose experts are still equal, so that its states do not depend on its routing.
+        tokenize: Texts to `input_ids` and `attention_mask`, truncated.
+        texts: At least `num_experts` texts that are not empty; of more than `MOST_TEXTS` a random sample is taken.
+        seed: Seed of that sample and of the clustering.
+
+    Raises:
+        ValueError: `texts` is a single text, or holds something else than texts, or too few.
+    """
+    _check(texts, mixture.config.num_experts)
+    generator = torch.Generator().manual_seed(seed)
+    kept = [text for text in texts if text.strip()]
+    if len(kept) > MOST_TEXTS:
+        kept = [kept[row] for row in torch.randperm(len(kept), generator=generator)[:MOST_TEXTS].tolist()]
+    inputs = _router_inputs(mixture, tokenize, kept, generator)
+    starts = [
+        LayerStart(layer, *_start_router(router, seen, generator))
+        for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
+    ]
+    return Calibration(len(kept), tuple(starts))
+
+
+def _check(texts: Sequence[str], num_experts: int) -> None:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
+        raise ValueError(f"calibration_texts holds {wrong!r} of type {type(wrong).__name__}; allowed: a list of texts.")
+    usable = sum(bool(text.strip()) for text in texts)
+    if usable < num_experts:
+        raise ValueError(
+            f"calibration_texts holds {usable} texts that are not empty; allowed: at least num_experts={num_experts}, "
+            "better some hundreds from every domain and language."
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one router saw, by batch: pooled texts (n, D), their lengths (n,), sampled tokens (t, D), their texts (t,)."""
+
+    pooled: list[Tensor]
+    lengths: list[Tensor]
+    tokens: list[Tensor]
+    owners: list[Tensor]
+
+
+def _router_inputs(
+    mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: list[str], generator: torch.Generator
+) -> dict[HagMoeRouter, _Seen]:
+    texts = sorted(texts, key=len)  # texts of a batch are about as long as each other, so little is padding
+    batches = [tokenize(texts[first : first + BATCH_SIZE]) for first in range(0, len(texts), BATCH_SIZE)]
+    share = MOST_TOKENS / sum(int(batch["attention_mask"].sum()) for batch in batches)
+    encoder = cast(HagMoeModel, mixture.base_model)
+    seen = {
+        cast(HagMoeRouter, cast(Any, encoder.layers[layer]).mlp.router): _Seen([], [], [], [])
+        for layer in mixture.config.sparse_layers
+    }
+
+    def look(router: HagMoeRouter, inputs: tuple) -> None:
+        states, mask, packing, mine = inputs[0].float(), inputs[1], inputs[2], seen[router]
+        if packing is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+            states_TD, owner_T = states.cpu()[mask], torch.nonzero(mask)[:, 0]
+        else:  # the encoder has left the padding out already
+            states_TD, owner_T = states.flatten(0, 1).cpu(), packing.sequence_index.flatten().cpu()
+        query = torch.zeros(states.shape[-1]) if router.attention_query is None else router.attention_query.float().cpu()
+        texts_of_batch = Packing(owner_T.unsqueeze(0), int(owner_T[-1]) + 1, True)
+        pooled_TD = attention_pool_packed(states_TD.unsqueeze(0), query, texts_of_batch)[0]
+        is_sampled_T = torch.rand(len(owner_T), generator=generator) < share
+        mine.owners.append(owner_T[is_sampled_T] + sum(map(len, mine.pooled)))
+        mine.tokens.append(states_TD[is_sampled_T])
+        mine.pooled.append(pooled_TD[texts_of_batch.starts()])
+        mine.lengths.append(torch.bincount(owner_T).float())
+
+    hooks = [router.register_forward_pre_hook(look) for router in seen]
+    was_training = mixture.training
+    mixture.eval()
+    try:
+        for batch in tqdm(batches, desc="Calibrating", leave=False):
+            encoder(**{name: batch[name].to(mixture.device) for name in ("input_ids", "attention_mask")})
+    finally:
+        mixture.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _start_router(router: HagMoeRouter, seen: _Seen, generator: torch.Generator) -> tuple[float, float]:
+    """Set one router's gates and biases; the loads of its largest group and expert over the mean ones."""
+    pooled_ND, lengths_N = torch.cat(seen.pooled), torch.cat(seen.lengths)
+    tokens_ND, owners_N = torch.cat(seen.tokens), torch.cat(seen.owners)
+    config = router.config
+    groups, per_group = config.n_group, config.experts_per_group
+    token_group_N = torch.zeros(len(tokens_ND), dtype=torch.long)
+    if router.group_gate is not None:
+        by_text = config.group_routing == "sequence"
+        inputs_ND, weights_N = (pooled_ND, lengths_N) if by_text else (tokens_ND, torch.ones(len(tokens_ND)))
+        keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator)
+        router.group_gate.weight.copy_(keys_GD)
+        cast(Tensor, router.group_bias).copy_(bias_G)
+        chosen_N = _choose(inputs_ND, keys_GD, bias_G)
+        token_group_N = chosen_N[owners_N] if by_text else chosen_N
+    expert_N = token_group_N
+    if router.expert_gate is not None:
+        gates = []
+        for group in range(groups):
+            mine_ND = tokens_ND[token_group_N == group]
+            gates.append(_gate(mine_ND, torch.ones(len(mine_ND)), per_group, generator))
+        keys_ED, bias_E = (torch.cat(parts) for parts in zip(*gates, strict=True))
+        router.expert_gate.weight.copy_(keys_ED)
+        cast(Tensor, router.expert_bias).copy_(bias_E)
+        expert_N = torch.empty_like(token_group_N)
+        for group, (keys_RD, bias_R) in enumerate(gates):
+            mine_N = token_group_N == group
+            expert_N[mine_N] = group * per_group + _choose(tokens_ND[mine_N], keys_RD, bias_R)
+    load_E = torch.bincount(expert_N, minlength=config.num_experts).float()
+    load_G = load_E.unflatten(0, (groups, -1)).sum(-1)
+    return float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean())
+
+
+def _gate(inputs_ND: Tensor, weights_N: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weights (C, D) of a gate whose choices are even clusters of its inputs, and biases (C,) for what is left uneven."""
+    if len(inputs_ND) < clusters:  # a group that no sampled token entered: any distinct directions will do
+        return torch.randn(clusters, inputs_ND.shape[-1], generator=generator) * 0.02, torch.zeros(clusters)
+    mean_D = inputs_ND.mean(0)
+    centred_ND = inputs_ND - mean_D
+    # One length for all, so that neither long nor far-off texts decide; the gate itself compares directions alone
+    size = centred_ND.norm(dim=-1).mean()
+    keys_CD, offset_C = even_k_means(centred_ND / size, weights_N, clusters, generator)
+    constant_D = _constant_functional(centred_ND, mean_D)
+    keys_CD = keys_CD / size + (offset_C - keys_CD @ mean_D / size).unsqueeze(-1) * constant_D
+    logits_NC = inputs_ND @ keys_CD.T
+    scale = _scale_for(logits_NC, CONFIDENCE)
+    return keys_CD * scale, balancing_bias((logits_NC * scale).log_softmax(-1), weights_N)
+
+
+def _choose(inputs_ND: Tensor, keys_CD: Tensor, bias_C: Tensor) -> Tensor:
+    """(N,) the cluster that a gate with these weights and biases chooses."""
+    return ((inputs_ND @ keys_CD.T).log_softmax(-1) + bias_C).argmax(-1)
+
+
+def even_k_means(
+    points_ND: Tensor, weights_N: Tensor, clusters: int, generator: torch.Generator, steps: int = 30
+) -> tuple[Tensor, Tensor]:
+    """Spherical k-means with clusters of about the same weight: points go by `key . x + offset`, offsets even the load.
+
+    Args:
+        points_ND: (N, D) float32, centred.
+        weights_N: (N,) how much each point counts.
+        clusters: C, at most N.
+        generator: Draws the first centres, apart from each other (k-means++).
+        steps: Most steps of Lloyd's algorithm.
+
+    Returns:
+        Keys (C, D) of length 1 and offsets (C,).
+
+    Source: spherical k-means, Dhillon and Modha 2001; k-means++, Arthur and Vassilvitskii 2007.
+    """
+    directions_ND = torch.nn.functional.normalize(points_ND, dim=-1)
+    centres = [directions_ND[int(torch.randint(len(directions_ND), (1,), generator=generator))]]
+    for _ in range(clusters - 1):
+        distance_N = (1 - directions_ND @ torch.stack(centres).T).amin(-1).clamp(min=1e-9)
+        centres.append(directions_ND[int(torch.multinomial(distance_N, 1, generator=generator))])
+    keys_CD, before_N = torch.stack(centres), None
+    offset_C = torch.zeros(clusters)
+    for _ in range(steps):
+        offset_C = balancing_bias(points_ND @ keys_CD.T, weights_N, steps=40)
+        nearest_N = (points_ND @ keys_CD.T + offset_C).argmax(-1)
+        if before_N is not None and torch.equal(nearest_N, before_N):
+            break
+        sums_CD = torch.zeros_like(keys_CD).index_add(0, nearest_N, directions_ND)
+        is_empty_C1 = sums_CD.norm(dim=-1, keepdim=True) < 1e-6
+        keys_CD = torch.nn.functional.normalize(torch.where(is_empty_C1, keys_CD, sums_CD), dim=-1)
+        before_N = nearest_N
+    return keys_CD, balancing_bias(points_ND @ keys_CD.T, weights_N)
+
+
+def _constant_functional(centred_ND: Tensor, mean_D: Tensor) -> Tensor:
+    """u (D,) with u . mean = 1 and the least variance over the points, kept steady by a little of the identity."""
+    covariance_DD = centred_ND.T @ centred_ND / len(centred_ND)
+    covariance_DD.diagonal().add_(1e-2 * covariance_DD.diagonal().mean() + 1e-12)
+    direction_D = torch.linalg.solve(covariance_DD, mean_D)
+    return direction_D / (direction_D @ mean_D).clamp(min=1e-12)
+
+
+def _scale_for(logits_NC: Tensor, confidence: float) -> float:
+    """The factor on the logits at which the most probable choice has that mean probability."""
+    low, high = 0.0, 1.0
+    while high < 2**20 and (logits_NC * high).softmax(-1).amax(-1).mean() < confidence:
+        low, high = high, 2 * high
+    for _ in range(20):
+        middle = (low + high) / 2
+        if (logits_NC * middle).softmax(-1).amax(-1).mean() < confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def balancing_bias(scores_NC: Tensor, weights_N: Tensor, steps: int = 200) -> Tensor:
+    """Biases (C,) with which every column is the highest for about the same weight: price adjustment in shrinking steps.
+
+    Args:
+        scores_NC: (N, C) scores.
+        weights_N: (N,) how much each row counts.
+        steps: Adjustments.
+
+    Source: the direction is that of the balancing biases while training, arXiv 2408.15664.
+    """
+    best_C, least = scores_NC.new_zeros(scores_NC.shape[-1]), float("inf")
+    bias_C, even, unit = best_C, weights_N.sum() / scores_NC.shape[-1], scores_NC.std(dim=0).mean()
+    for step in range(steps):
+        load_C = torch.zeros_like(bias_C).index_add(0, (scores_NC + bias_C).argmax(-1), weights_N)
+        if load_C.max() < least:
+            best_C, least = bias_C, float(load_C.max())
+        bias_C = bias_C + 0.5 * unit / (1 + step / 5) * (1 - load_C / even).clamp(min=-1)
+    return best_C - best_C.mean()

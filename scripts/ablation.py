@@ -1,0 +1,65 @@
+"""Does the mixture pay? Prepare inputs once, run tables of arms in parts, make tables and plots (docs/ablation.md).
+
+python scripts/ablation.py --prepare pairs.parquet --kit build/kit --inputs build/ablation/inputs
+python scripts/ablation.py --table 1 --budget full --device cuda --minutes 10     # again, until it says "no runs left"
+python scripts/ablation.py --report
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ablation.arms import TABLES
+from ablation.budgets import BUDGETS
+
+
+def main() -> None:
+    """Do the one thing that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prepare", type=Path, metavar="PAIRS", help="parquet of training pairs")
+    what.add_argument("--table", type=int, choices=sorted(TABLES), help="do the runs that this table needs")
+    what.add_argument("--report", action="store_true", help="make tables and plots from the results")
+    what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
+    parser.add_argument("--inputs", type=Path, default=Path("build/ablation/inputs"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/ablation"))
+    parser.add_argument("--work", type=Path, default=Path("build/ablation/work"), help="checkpoints")
+    parser.add_argument("--kit", type=Path, default=None, help="evaluation sets")
+    parser.add_argument("--into", type=Path, default=None, help="with --score: the result file")
+    parser.add_argument(
+        "--parent", type=Path, default=None, help="dense SentenceTransformer; the packaged MiniLM by default"
+    )
+    parser.add_argument("--max-length", type=int, default=64, help="with --prepare: longest text in tokens")
+    parser.add_argument("--rows", type=int, default=None, help="with --prepare: most training pairs of each domain")
+    parser.add_argument("--budget", choices=sorted(BUDGETS), default="screening")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-kit", action="store_true", help="leave the kit's sets out")
+    args = parser.parse_args()
+    command = "python " + shlex.join([sys.argv[0], *sys.argv[1:]])
+    if args.prepare:
+        from ablation.inputs import prepare
+
+        from hagmoe_hf.demo import parent_folder
+
+        if args.kit is None:
+            parser.error("--prepare needs --kit: pairs that repeat an evaluation text are left out")
+        prepare(args.prepare, args.kit, args.parent or parent_folder(), args.inputs, args.max_length, args.rows, seed=0)
+    elif args.table:
+        from ablation.run import run_table
+
+        budget, kit = BUDGETS[args.budget], not args.no_kit
+        run_table(args.table, budget, args.inputs, args.results, args.work, args.minutes, args.device, command, kit)
+    elif args.score:
+        from ablation.run import add_kit_scores
+
+        add_kit_scores(args.into, args.kit, args.score)
+    else:
+        from ablation.report import write_reports
+
+        write_reports(args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What is compared, as data. An arm is trained as every other, but for what its entry says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table.
+
+    Attributes:
+        name: Of its files and in tables.
+        about: What it is, and what it is for.
+        kind: "dense", "wide" (dense with the default mixture's total parameters) or "mixture".
+        upcycling: Options of `hagmoe_hf.upcycle`.
+        calibrated: Whether the gates start from texts.
+        routing: "learned", or what replaces every router: "token hash", "text hash" or "domain".
+        mean_pooled: Whether the attention gate's query stays 0, so that it takes the mean.
+        balancing: Arguments of `RouterCallback`; None for no balancing.
+        expert_rate: Factor on the learning rate of the routed experts.
+        router_rate: Factor on the learning rate of the routers.
+        frozen_gates: Share of the steps in which the routers stay as they are.
+        dense_share: Share of the steps that train the dense parent, before it is upcycled.
+        average: Decay of the weights' moving average, which is what is evaluated at the end; 0 for none.
+        distillation: Weight of the parent's similarities in the loss.
+        mixed_batches: Whether a batch holds pairs of all domains, instead of one.
+    """
+
+    name: str
+    about: str
+    kind: str = "mixture"
+    upcycling: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+    routing: str = "learned"
+    mean_pooled: bool = False
+    balancing: Mapping[str, float] | None = field(default_factory=dict)
+    expert_rate: float = 1.0
+    router_rate: float = 1.0
+    frozen_gates: float = 0.0
+    dense_share: float = 0.0
+    average: float = 0.0
+    distillation: float = 0.0
+    mixed_batches: bool = False
+
+
+DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
+WIDE = Arm(
+    "dense-wide", "the parent widened to the mixture's total parameters: an upper control, at more FLOPs", kind="wide"
+)
+HAG = Arm("hag", "the default: four groups by text, two experts each by token")
+CALIBRATED = replace(HAG, name="hag-calibrated", about="the default, its gates started from texts", calibrated=True)
+FLAT = Arm("flat", "a plain token router over the same eight experts", upcycling={"n_group": 1})
+SEQUENCE = Arm("sequence", "one expert per group: a text is one expert's", upcycling={"n_group": 8})
+MEAN_POOLED = replace(
+    HAG, name="hag-mean-pooled", about="the default with a mean instead of an attention gate", mean_pooled=True
+)
+
+
+def _fixed(name: str, about: str, routing: str, **upcycling: Any) -> Arm:
+    return Arm(name, about, upcycling=upcycling, routing=routing, balancing=None)
+
+
+def _variant(name: str, about: str, **changes: Any) -> Arm:
+    """The calibrated default with something changed."""
+    return replace(CALIBRATED, name=name, about=about, **changes)
+
+
+TABLES: dict[int, tuple[Arm, ...]] = {
+    # Does it pay, and does what is particular about it matter?
+    1: (
+        DENSE,
+        HAG,
+        CALIBRATED,
+        FLAT,
+        MEAN_POOLED,
+        SEQUENCE,
+        _fixed("token-hash", "experts by a hash of the token: does learning to route matter?", "token hash", n_group=1),
+        _fixed("text-hash", "one expert by a hash of the text: does learning to route matter?", "text hash", n_group=8),
+        _fixed("domain-label", "one expert by the true domain: a ceiling for groups by domain", "domain", n_group=8),
+        WIDE,
+    ),
+    # How it learns
+    2: (
+        DENSE,
+        CALIBRATED,
+        _variant("experts-x4", "experts learn four times as fast: their gradients are rare", expert_rate=4.0),
+        _variant("router-x10", "routers learn ten times as fast", router_rate=10.0),
+        _variant("frozen-gates", "gates held for the first quarter", frozen_gates=0.25),
+        _variant("no-balancing", "nothing balances", balancing=None),
+        _variant("balancing-x0.1", "biases move ten times as slowly", balancing={"bias_update_rate": 0.005}),
+        _variant(
+            "aux-loss", "an auxiliary term instead of biases", balancing={"bias_update_rate": 0.0, "aux_loss_coef": 0.01}
+        ),
+        _variant("branch-late", "half of the steps dense, then upcycled", dense_share=0.5),
+        _variant("average", "weights averaged over the end", average=0.98),
+        replace(DENSE, name="dense-average", about="the same of the dense parent", average=0.98),
+        _variant("distilled", "keeps the parent's similarities", distillation=0.3),
+        replace(DENSE, name="dense-distilled", about="the same of the dense parent", distillation=0.3),
+        _variant("mixed", "batches of all domains", mixed_batches=True),
+        replace(DENSE, name="dense-mixed", about="the same of the dense parent", mixed_batches=True),
+    ),
+    # What it is made of
+    3: (
+        DENSE,
+        CALIBRATED,
+        _variant("layer-3", "one sparse layer", upcycling={"sparse_layers": [3]}),
+        _variant("layers-2-4", "later layers", upcycling={"sparse_layers": [2, 4]}),
+        _variant("layers-3-4-5", "the last three layers", upcycling={"sparse_layers": [3, 4, 5]}),
+        _variant("layers-1-2-3-4", "four layers", upcycling={"sparse_layers": [1, 2, 3, 4]}),
+        _variant("groups-2x4", "two groups of four", upcycling={"n_group": 2}),
+        _variant("groups-8x2", "eight groups of two", upcycling={"n_group": 8, "num_experts": 16}),
+        _variant("groups-8x1", "eight groups of one", upcycling={"n_group": 8}),
+        _variant("groups-16x1", "sixteen groups of one", upcycling={"n_group": 16, "num_experts": 16}),
+        _variant("shared-0", "nothing shared", upcycling={"shared_expert_fraction": 0.0}),
+        _variant("shared-0.25", "a quarter shared", upcycling={"shared_expert_fraction": 0.25}),
+        _variant("shared-0.75", "three quarters shared", upcycling={"shared_expert_fraction": 0.75}),
+        _variant("two-experts", "two experts per token, at more FLOPs", upcycling={"num_experts_per_tok": 2}),
+        _variant(
+            "two-experts-normalized",
+            "two experts per token over two groups, weighed by the router, at more FLOPs",
+            upcycling={"num_experts_per_tok": 2, "topk_group": 2, "combine_rule": "normalized"},
+        ),
+    ),
+}

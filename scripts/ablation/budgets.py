@@ -1,0 +1,47 @@
+"""How long an arm is trained, on how much, at which learning rates; the same for every arm of a table."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm of a table gets.
+
+    Attributes:
+        name: Of the folder of results.
+        steps: Optimizer steps.
+        batch_size: Pairs per step.
+        max_length: Longest text in tokens.
+        learning_rates: The grid, tried with the first seed on held-out pairs.
+        seeds: Of data order, new weights and dropout; further ones run at the arm's best rate.
+        dev_rows: Held-out pairs per domain.
+        evaluations: Points of the curve after the start, evenly spaced.
+        warmup: Share of the steps in which the rate rises; then it falls to 0, both linearly.
+        temperature: T of the domains' weights n^(1/T).
+        calibration_texts: Of every domain, where gates start from texts.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    max_length: int
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    dev_rows: int
+    evaluations: int
+    warmup: float = 0.1
+    temperature: float = 2.0
+    calibration_texts: int = 100
+
+
+BUDGETS = {
+    budget.name: budget
+    for budget in (
+        # For a CPU: says in which direction to look, not who wins
+        Budget("screening", 150, 48, 32, (1e-4,), (0, 1, 2), 40, 3),
+        # For a GPU: about one pass over the pairs
+        Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12),
+        # For a GPU: does the order of the arms change with more pairs?
+        Budget("long", 4800, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 16),
+    )
+}

@@ -1,0 +1,225 @@
+"""Everything a run reads, made once: pairs as token ids by domain, texts for calibration, the kit, the parent.
+
+A step's batch is gathered on the device from flat arrays, so the loop neither tokenizes nor waits.
+"""
+
+import gzip
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from ablation.budgets import Budget
+from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
+from hagmoe_hf.evaluation.kit import find_sets
+from hagmoe_hf.files import new_folder
+
+COLUMNS = ("anchor", "positive")
+DEV_ROWS, CALIBRATION_ROWS = 200, 300  # per domain, at most
+BUCKET = 8  # batches whose rows are sorted by length before they are cut, so that little of a batch is padding
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenized texts, one after the other.
+
+    Attributes:
+        ids: (tokens,) on the device.
+        offsets: (texts + 1,) where each begins, on the device.
+        lengths: (texts,) on the host.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of all domains, one domain after the other.
+
+    Attributes:
+        columns: Anchors and positives.
+        domains: Names.
+        first_rows: (domains + 1,) where each domain begins.
+        pad_id: Of the tokenizer.
+    """
+
+    columns: tuple[Texts, Texts]
+    domains: tuple[str, ...]
+    first_rows: np.ndarray
+    pad_id: int
+
+    def features(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
+        """Model inputs of both columns for (B,) rows, each padded to its longest text."""
+        device = self.columns[0].ids.device
+        rows_B = torch.from_numpy(rows).to(device, non_blocking=True)
+        return [_gather(texts, rows_B, int(texts.lengths[rows].max()), self.pad_id) for texts in self.columns]
+
+
+def _gather(texts: Texts, rows_B: Tensor, longest: int, pad_id: int) -> dict[str, Tensor]:
+    position_L = torch.arange(-(-longest // 8) * 8, device=rows_B.device)  # multiples of 8 suit the matrix units
+    start_B, end_B = texts.offsets[rows_B], texts.offsets[rows_B + 1]
+    index_BL = start_B[:, None] + position_L
+    mask_BL = index_BL < end_B[:, None]
+    ids_BL = texts.ids[index_BL.clamp(max=texts.ids.shape[0] - 1)].masked_fill(~mask_BL, pad_id)
+    return {"input_ids": ids_BL.long(), "attention_mask": mask_BL.long()}
+
+
+def prepare(pairs: Path, kit: Path, parent: Path, out: Path, max_length: int, most_rows: int | None, seed: int) -> None:
+    """Make the folder `out`.
+
+    Args:
+        pairs: Parquet with the columns domain, lang, anchor, positive, split.
+        kit: Evaluation sets; no pair that repeats one of their texts is trained on.
+        parent: Folder of a dense SentenceTransformer.
+        out: A new folder.
+        max_length: Longest text in tokens.
+        most_rows: Pairs kept of each domain; None for all.
+        seed: Of that sample.
+
+    Raises:
+        ValueError: A domain is left without pairs to train on, or to hold out.
+    """
+    frame = pd.read_parquet(pairs).sample(frac=1, random_state=seed)
+    sets = find_sets(kit)
+    known = kit_texts(sets)
+    tokenizer = AutoTokenizer.from_pretrained(parent)
+    manifest: dict = {
+        "pairs": pairs.name,
+        "max_length": max_length,
+        "seed": seed,
+        "pad_id": tokenizer.pad_token_id,
+        "domains": {},
+    }
+    with new_folder(out) as folder:
+        for domain, rows in tqdm(sorted(frame.groupby("domain")), desc="Domains"):
+            train, dev = (rows[rows.split == split] for split in ("train", "dev"))
+            train, dev = train[:most_rows], dev[:DEV_ROWS]
+            clean = [not is_contaminated(a, p, known) for a, p in zip(train.anchor, train.positive, strict=True)]
+            dropped, train = len(train) - sum(clean), train[clean]
+            if train.empty or dev.empty:
+                raise ValueError(f"domain {domain!r} has {len(train)} and {len(dev)} pairs; allowed: some of either split.")
+            for split, part in (("train", train), ("dev", dev)):
+                _pack(part, tokenizer, max_length, folder / split / f"{domain}.npz")
+            texts = [text for column in COLUMNS for text in train[column][: CALIBRATION_ROWS // 2]]
+            (folder / "calibration").mkdir(exist_ok=True)
+            (folder / "calibration" / f"{domain}.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+            manifest["domains"][domain] = {"train": len(train), "dev": len(dev), "in_the_kit": dropped}
+        for kit_set in sets:
+            for name, path in kit_set.files.items():
+                target = folder / "kit" / kit_set.key / f"{name}.jsonl.gz"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                data = path.read_bytes()
+                target.write_bytes(data if path.suffix == ".gz" else gzip.compress(data, mtime=0))
+        if (kit / "manifest.json").is_file():
+            shutil.copy(kit / "manifest.json", folder / "kit")
+        shutil.copytree(parent, folder / "parent", ignore=shutil.ignore_patterns(".git*"))
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
+    arrays = {}
+    small = np.uint16 if len(tokenizer) < 2**16 else np.uint32
+    for column in COLUMNS:
+        ids = tokenizer(list(rows[column]), truncation=True, max_length=max_length)["input_ids"]
+        arrays[f"{column}_ids"] = np.concatenate(ids).astype(small)
+        arrays[f"{column}_lengths"] = np.array([len(text) for text in ids], dtype=np.uint16)
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, **arrays)
+
+
+def load_pairs(folder: Path, split: str, max_length: int, device: str, most_rows: int | None = None) -> Pairs:
+    """The pairs of a split, on the device, cut to `max_length` tokens (the closing token stays the last)."""
+    paths = sorted((folder / split).glob("*.npz"))
+    columns = []
+    for column in COLUMNS:
+        ids, lengths = [], []
+        for path in paths:
+            with np.load(path) as file:
+                cut = _cut(file[f"{column}_ids"], file[f"{column}_lengths"], max_length, most_rows)
+                ids.append(cut[0])
+                lengths.append(cut[1])
+        length = np.concatenate(lengths)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length)])).to(device)
+        columns.append(Texts(torch.from_numpy(np.concatenate(ids)).to(device), offsets, length))
+    first_rows = np.cumsum([0, *map(len, lengths)])
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return Pairs((columns[0], columns[1]), tuple(path.stem for path in paths), first_rows, manifest["pad_id"])
+
+
+def _cut(ids: np.ndarray, lengths: np.ndarray, max_length: int, most_rows: int | None) -> tuple[np.ndarray, np.ndarray]:
+    lengths = lengths[:most_rows].astype(np.int64)
+    ends = np.cumsum(lengths)
+    ids = ids[: ends[-1]].astype(np.int32)
+    position = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    is_last = position == np.repeat(lengths, lengths) - 1
+    kept = (position < max_length - 1) | is_last
+    return ids[kept], np.minimum(lengths, max_length)
+
+
+def calibration_texts(folder: Path, per_domain: int) -> list[str]:
+    """Texts of every domain, anchors and positives in equal parts."""
+    texts = []
+    for path in sorted((folder / "calibration").glob("*.json")):
+        of_domain = json.loads(path.read_text(encoding="utf-8"))
+        half = len(of_domain) // 2
+        texts += of_domain[: per_domain // 2] + of_domain[half : half + per_domain // 2]
+    return texts
+
+
+def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:
+    """The rows of every step, the same for every arm: a function of data, budget, seed, and whether batches are mixed.
+
+    Domains come by weight n^(1/T). Each goes through its rows in a random order, and starts again when it is used up.
+    """
+    random = np.random.default_rng([seed, int(mixed)])
+    sizes = np.diff(pairs.first_rows)
+    weights = sizes ** (1 / budget.temperature)
+    draws = budget.steps * (budget.batch_size if mixed else 1)
+    turns = random.choice(len(sizes), size=draws, p=weights / weights.sum())
+    if not mixed:
+        streams = [_batches(pairs, domain, budget.batch_size, seed) for domain in range(len(sizes))]
+        return [next(streams[domain]) for domain in turns]
+    rows = np.empty(draws, dtype=np.int64)
+    for domain in range(len(sizes)):
+        mine = np.flatnonzero(turns == domain)
+        rows[mine] = _order(pairs, domain, len(mine), seed)
+    return list(rows.reshape(budget.steps, budget.batch_size))
+
+
+def _order(pairs: Pairs, domain: int, wanted: int, seed: int) -> np.ndarray:
+    """The first `wanted` rows of one domain, pass after pass, each in an order of its own."""
+    first, size = pairs.first_rows[domain], np.diff(pairs.first_rows)[domain]
+    passes = range(-(-wanted // size))
+    orders = [np.random.default_rng([seed, domain, turn]).permutation(size) for turn in passes]
+    return first + np.concatenate([*orders, np.empty(0, dtype=np.int64)])[:wanted]
+
+
+def _batches(pairs: Pairs, domain: int, batch_size: int, seed: int):
+    """Batches of one domain without end: within a few batches' rows, those of about the same length go together."""
+    lengths = pairs.columns[0].lengths + pairs.columns[1].lengths
+    first, size = pairs.first_rows[domain], np.diff(pairs.first_rows)[domain]
+    turn = 0
+    while True:
+        random = np.random.default_rng([seed, domain, turn])
+        order = first + random.permutation(size)
+        for window in _windows(order, batch_size):
+            by_length = window[np.argsort(lengths[window], kind="stable")]
+            cuts = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+            yield from (cuts[number] for number in random.permutation(len(cuts)))
+        turn += 1
+
+
+def _windows(order: np.ndarray, batch_size: int) -> Sequence[np.ndarray]:
+    """Parts of whole batches; a domain smaller than a batch is one part, and what is left over waits for the next pass."""
+    whole = max(batch_size, len(order) // batch_size * batch_size)
+    return [order[at : at + BUCKET * batch_size] for at in range(0, min(whole, len(order)), BUCKET * batch_size)]

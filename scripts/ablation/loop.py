@@ -1,0 +1,277 @@
+"""One run: an arm, a learning rate, a seed. Stops at a deadline, is killed, goes on, and ends where it would have ended.
+
+A plain loop instead of the stock trainer: it reads token ids that lie on the device, so a small model keeps a GPU busy,
+and nothing in it waits for the GPU but the points of the curve. Model, balancing and upcycling are the package's own; the
+loss is tested equal to MultipleNegativesRankingLoss.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import TrainerState
+
+from ablation.arms import Arm
+from ablation.budgets import Budget
+from ablation.inputs import Pairs, plan
+from ablation.models import build, mixture, parameter_groups
+from ablation.routers import EXPERT_OF_DOMAIN, FixedRouter
+from ablation.scoring import dev_scores
+from hagmoe_hf import sentence
+from hagmoe_hf.training.router_callback import RouterCallback
+
+SCALE = 20.0  # of cosines, as in MultipleNegativesRankingLoss
+LARGEST_GRADIENT = 1.0
+CHECKPOINT_SECONDS = 120
+clock = time.monotonic
+
+
+class Contrastive(nn.Module):
+    """In-batch InfoNCE over cosines, and on request the parent's similarities as a second target.
+
+    Args:
+        model: The model to train.
+        parent: The model to imitate; None for none.
+        weight: Of the imitation.
+    """
+
+    def __init__(self, model: SentenceTransformer, parent: SentenceTransformer | None = None, weight: float = 0.0):
+        super().__init__()
+        self.model, self.parent, self.weight = model, parent, weight
+
+    def forward(self, features: list[dict[str, Tensor]]) -> Tensor:
+        """A scalar for the features of anchors and positives."""
+        logits = self.similarities(self.model, features)
+        loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+        if self.parent is not None:
+            with torch.no_grad():
+                target = self.similarities(self.parent, features).log_softmax(-1)
+            loss = loss + self.weight * F.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
+        return loss
+
+    def similarities(self, model: SentenceTransformer, features: list[dict[str, Tensor]]) -> Tensor:
+        """(B, B) scaled cosines, float32."""
+        anchors, positives = (F.normalize(model(dict(part))["sentence_embedding"].float(), dim=-1) for part in features)
+        return SCALE * anchors @ positives.T
+
+
+@dataclass
+class Run:
+    """What a run has come to; all of it is in its checkpoint.
+
+    Attributes:
+        step: Optimizer steps done.
+        curve: Points: step, pairs seen, held-out MRR by domain, routing by layer, training loss since the last point.
+        seconds: Of training, without evaluation.
+    """
+
+    step: int = 0
+    curve: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is made of.
+
+    Attributes:
+        arm: What is trained.
+        budget: How long.
+        learning_rate: The highest.
+        seed: Of data order, new weights and dropout.
+        inputs: Folder that `prepare` made.
+        device: Like "cpu" or "cuda".
+    """
+
+    arm: Arm
+    budget: Budget
+    learning_rate: float
+    seed: int
+    inputs: Path
+    device: str
+
+    @property
+    def upcycling_step(self) -> int:
+        """The step before which the model is dense; 0 where it is what it is from the start."""
+        return round(self.arm.dense_share * self.budget.steps)
+
+
+class Trainee:
+    """A model with its optimizer, its balancing, its average and its random state: what a checkpoint holds.
+
+    Args:
+        setting: Of the run.
+        model: To train.
+        texts: For a later calibration.
+        state: Of the balancing, from a checkpoint.
+    """
+
+    def __init__(self, setting: Setting, model: SentenceTransformer, texts: list[str], balancing: dict | None = None):
+        self.setting, self.model, self.texts = setting, model, texts
+        arm = setting.arm
+        groups = parameter_groups(model, arm)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=setting.device != "cpu")
+        parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if arm.distillation else None
+        self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), arm.distillation)
+        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.average = [parameter.detach().clone() for parameter in self.trained] if arm.average else []
+        self.routers = [module for module in model.modules() if isinstance(module, FixedRouter)]
+        self.callback: RouterCallback | None = None
+        if self.is_mixture and arm.balancing is not None:
+            self.callback = RouterCallback(**arm.balancing)
+            state = TrainerState(global_step=1 if balancing else 0)
+            state.stateful_callbacks = {"RouterCallback": balancing} if balancing else {}
+            self.callback.on_train_begin(None, state, None, model=model, loss=self.loss)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there is something to balance."""
+        return hasattr(sentence.encoder_of(self.model).config, "sparse_layers")
+
+    def step(self, number: int, pairs: Pairs, rows: np.ndarray) -> Tensor:
+        """One optimizer step; returns the loss, still on the device."""
+        setting = self.setting
+        for group in self.optimizer.param_groups:
+            frozen = group["kind"] == "router" and number < setting.arm.frozen_gates * setting.budget.steps
+            group["lr"] = 0.0 if frozen else setting.learning_rate * group["factor"] * _schedule(number, setting.budget)
+        if self.routers:
+            domains = np.searchsorted(pairs.first_rows, rows, side="right") - 1
+            experts = torch.tensor([EXPERT_OF_DOMAIN.get(pairs.domains[d], 0) for d in domains]).to(setting.device)
+            for router in self.routers:
+                router.expert = experts
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device != "cpu"):
+            loss = self.loss(pairs.features(rows))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.callback is not None:
+            self.callback.on_step_end(None, None, None)
+        if self.average:
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - setting.arm.average)
+        return loss.detach()
+
+    def upcycled(self) -> "Trainee":
+        """The mixture of the model as it is now, with a new optimizer."""
+        arm, seed = self.setting.arm, self.setting.seed
+        return Trainee(self.setting, mixture(arm, self.model, self.texts, seed), self.texts)
+
+    def use_average(self) -> None:
+        """Put the averaged weights into the model, for good."""
+        with torch.no_grad():
+            for parameter, mean in zip(self.trained, self.average, strict=True) if self.average else ():
+                parameter.copy_(mean)
+
+    def close(self) -> None:
+        """Take the taps off the model."""
+        if self.callback is not None:
+            self.callback.on_train_end(None, None, None)
+
+
+def _schedule(step: int, budget: Budget) -> float:
+    """Factor on the learning rate: up in the first tenth, then down to 0."""
+    rising = max(1, round(budget.warmup * budget.steps))
+    return min((step + 1) / rising, (budget.steps - step) / max(1, budget.steps - rising))
+
+
+def train(
+    setting: Setting, pairs: Pairs, dev: Pairs, texts: list[str], folder: Path, deadline: float
+) -> tuple[Run, SentenceTransformer] | None:
+    """Train, or go on training, until the end or the deadline.
+
+    Args:
+        setting: What to train.
+        pairs: To train on.
+        dev: Held out.
+        texts: For calibration.
+        folder: Where its checkpoint lies.
+        deadline: `time.monotonic()` at which to stop.
+
+    Returns:
+        What came of it and the trained model; None where the deadline came first, with a checkpoint to go on from.
+    """
+    budget = setting.budget
+    run, trainee, losses = _begin(setting, texts, folder)
+    steps = plan(pairs, budget, setting.seed, setting.arm.mixed_batches)
+    points = {round(part * budget.steps / budget.evaluations) for part in range(budget.evaluations + 1)}
+    label = f"{setting.arm.name} {setting.learning_rate:g} seed {setting.seed}"
+    saved = started = clock()
+    with tqdm(total=budget.steps, initial=run.step, desc=label) as bar:
+        while True:
+            if run.step in points and (not run.curve or run.curve[-1]["step"] < run.step):
+                run.seconds += clock() - started
+                if run.step == budget.steps:
+                    trainee.use_average()
+                run.curve.append(_point(run.step, setting, trainee.model, dev, losses))
+                losses, started = [], clock()
+            if run.step == budget.steps:
+                trainee.close()
+                return run, trainee.model
+            now = clock()
+            if now > deadline or now - saved > CHECKPOINT_SECONDS:
+                run.seconds += now - started
+                _save(run, trainee, losses, folder)
+                saved = started = clock()
+                if now > deadline:
+                    trainee.close()
+                    return None
+            if run.step == setting.upcycling_step > 0:
+                trainee.close()
+                trainee = trainee.upcycled()
+            trainee.model.train()
+            losses.append(trainee.step(run.step, pairs, steps[run.step]))
+            run.step += 1
+            bar.update()
+
+
+def _point(step: int, setting: Setting, model: SentenceTransformer, dev: Pairs, losses: list[Tensor]) -> dict:
+    model.eval()
+    mrr, routing = dev_scores(model, dev)
+    loss = float(torch.stack(losses).mean()) if losses else None
+    return {"step": step, "pairs": step * setting.budget.batch_size, "loss": loss, "dev_mrr": mrr, "routing": routing}
+
+
+def _begin(setting: Setting, texts: list[str], folder: Path) -> tuple[Run, Trainee, list[Tensor]]:
+    path = folder / "checkpoint.pt"
+    torch.manual_seed(setting.seed)
+    model = build(setting.arm, setting.inputs / "parent", texts, setting.seed, setting.device)
+    if not path.is_file():
+        torch.manual_seed(setting.seed)  # the same dropout for every arm, however many weights it drew
+        return Run(), Trainee(setting, model, texts), []
+    saved = torch.load(path, map_location=setting.device, weights_only=True)
+    run = Run(**saved["run"])
+    if run.step > setting.upcycling_step > 0:
+        model = mixture(setting.arm, model, texts, setting.seed)
+    model.load_state_dict(saved["model"])
+    trainee = Trainee(setting, model, texts, saved["balancing"])
+    trainee.optimizer.load_state_dict(saved["optimizer"])
+    trainee.average = saved["average"]
+    torch.set_rng_state(saved["random"].cpu())
+    if saved["cuda_random"] is not None:
+        torch.cuda.set_rng_state(saved["cuda_random"].cpu())
+    return run, trainee, saved["losses"]
+
+
+def _save(run: Run, trainee: Trainee, losses: list[Tensor], folder: Path) -> None:
+    """Write the checkpoint under another name, then rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "run": {"step": run.step, "curve": run.curve, "seconds": run.seconds},
+        "model": trainee.model.state_dict(),
+        "optimizer": trainee.optimizer.state_dict(),
+        "balancing": trainee.callback.state() if trainee.callback else None,
+        "average": trainee.average,
+        "losses": losses,
+        "random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state() if trainee.setting.device != "cpu" else None,
+    }
+    partial = folder / "checkpoint.partial"
+    torch.save(state, partial)
+    os.replace(partial, folder / "checkpoint.pt")

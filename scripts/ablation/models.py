@@ -1,0 +1,132 @@
+"""An arm becomes a model: a SentenceTransformer of stock modules, at step 0 with its parent's vectors."""
+
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import BertModel
+
+from ablation.arms import Arm
+from ablation.routers import fix_routing
+from hagmoe_hf import sentence, upcycle
+
+NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
+
+
+def build(arm: Arm, parent: Path, calibration_texts: list[str], seed: int, device: str) -> SentenceTransformer:
+    """The model of an arm before its first step; dense where the arm starts dense.
+
+    Args:
+        arm: What to build.
+        parent: Folder of the dense SentenceTransformer.
+        calibration_texts: For arms whose gates start from texts.
+        seed: Of new weights.
+        device: Like "cpu" or "cuda".
+    """
+    dense = sentence.load(str(parent), device=device)
+    if arm.kind == "wide":
+        return _with_encoder(dense, widened(sentence.encoder_of(dense), default_total(dense), seed))
+    if arm.kind == "dense" or arm.dense_share:
+        return prepared(dense)
+    return mixture(arm, dense, calibration_texts, seed)
+
+
+def mixture(arm: Arm, dense: SentenceTransformer, calibration_texts: list[str], seed: int) -> SentenceTransformer:
+    """The mixture of an arm, upcycled from a dense model."""
+    texts = calibration_texts if arm.calibrated else None
+    model = upcycle(dense, seed=seed, calibration_texts=texts, **arm.upcycling)
+    encoder = sentence.encoder_of(model)
+    if model.device.type == "cpu":
+        encoder.set_experts_implementation("eager")  # the backward of grouped_mm is slow there
+    for layer in encoder.config.sparse_layers:
+        follow_autocast(encoder.layers[layer].mlp.experts)
+    if arm.routing != "learned":
+        fix_routing(encoder, arm.routing)
+    if arm.mean_pooled:
+        for layer in encoder.config.sparse_layers:
+            query = encoder.layers[layer].mlp.router.attention_query
+            query.data.zero_()
+            query.requires_grad_(False)
+    return prepared(model)
+
+
+def follow_autocast(experts: nn.Module) -> None:
+    """Make routed experts compute in autocast's dtype, as every linear layer does.
+
+    Stock grouped products are unknown to autocast: with float32 weights they would run in float32, at a fraction of the
+    speed.
+    """
+    stock = experts.forward
+
+    def forward(hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        device = hidden_states.device.type
+        if not torch.is_autocast_enabled(device):
+            return stock(hidden_states, index, weights)
+        dtype = torch.get_autocast_dtype(device)
+        cast = {name: parameter.to(dtype) for name, parameter in experts.named_parameters()}
+        experts.forward = stock  # what `functional_call` calls
+        try:
+            return functional_call(experts, cast, (hidden_states.to(dtype), index, weights.to(dtype)))
+        finally:
+            experts.forward = forward
+
+    experts.forward = forward  # type: ignore[method-assign]
+
+
+def prepared(model: SentenceTransformer) -> SentenceTransformer:
+    """The embedding tables hold still in every arm: half of the parameters, which few steps would hardly move."""
+    for parameter in sentence.encoder_of(model).embeddings.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def default_total(dense: SentenceTransformer) -> int:
+    """Parameters of the default mixture."""
+    return upcycle(dense).upcycling_report.total_parameters
+
+
+def widened(encoder: BertModel, total: int, seed: int) -> BertModel:
+    """A BERT with wider feed-forward blocks, about `total` parameters, and the same outputs.
+
+    New neurons read what a random old one reads, plus noise (so that no two stay twins), and write nothing at first.
+
+    Source: Net2Net, arXiv 1511.05641, with outputs that start at 0 instead of being divided.
+    """
+    config = encoder.config
+    per_neuron = config.num_hidden_layers * (2 * config.hidden_size + 1)
+    more = round((total - encoder.num_parameters()) / per_neuron / 8) * 8
+    old_width, width = config.intermediate_size, config.intermediate_size + more
+    wide = BertModel(
+        type(config)(**{**config.to_dict(), "intermediate_size": width}), add_pooling_layer=encoder.pooler is not None
+    )
+    wide.config._attn_implementation = config._attn_implementation
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(encoder.state_dict())
+    for layer in range(config.num_hidden_layers):
+        block = f"encoder.layer.{layer}"
+        reads, bias = weights[f"{block}.intermediate.dense.weight"], weights[f"{block}.intermediate.dense.bias"]
+        chosen = torch.randint(old_width, (more,), generator=generator).to(reads.device)
+        noise = torch.randn(more, reads.shape[1], generator=generator).to(reads) * NOISE * reads.std()
+        weights[f"{block}.intermediate.dense.weight"] = torch.cat([reads, reads[chosen] + noise])
+        weights[f"{block}.intermediate.dense.bias"] = torch.cat([bias, bias[chosen]])
+        writes = weights[f"{block}.output.dense.weight"]
+        weights[f"{block}.output.dense.weight"] = torch.cat([writes, writes.new_zeros(writes.shape[0], more)], dim=1)
+    wide.load_state_dict(weights)
+    return wide.to(encoder.device, encoder.dtype)
+
+
+def _with_encoder(dense: SentenceTransformer, encoder: BertModel) -> SentenceTransformer:
+    return prepared(sentence.with_encoder(dense, encoder, ""))
+
+
+def parameter_groups(model: nn.Module, arm: Arm) -> list[dict]:
+    """Trained parameters for an optimizer: shared weights, routed experts and routers, each with the arm's `factor`."""
+    groups: dict[str, list[Tensor]] = {"shared": [], "experts": [], "router": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "experts" if ".experts." in name else "router" if ".router." in name else "shared"
+            groups[kind].append(parameter)
+    factors = {"shared": 1.0, "experts": arm.expert_rate, "router": arm.router_rate}
+    return [{"params": params, "kind": kind, "factor": factors[kind]} for kind, params in groups.items() if params]

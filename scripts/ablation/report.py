@@ -1,0 +1,240 @@
+"""Result files become tables, pictures and a verdict. Nothing here runs a model, and no figure is typed.
+
+Differences are paired: an arm's run minus the dense parent's run with the same seed, and so with the same data in the same
+order. Scores are 0 to 100.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ablation.arms import TABLES, Arm
+from ablation.budgets import BUDGETS, Budget
+from ablation.plots import gain_curves, group_bars
+from ablation.results import best_rate, macro, read_results, run_name
+
+BASELINE = "dense"
+# The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
+LEAST_GAIN, DEVIATIONS, LARGEST_LOSS = 1.0, 2.0, 0.5
+HEADINGS = (
+    "arm", "rate", "seeds", "active M", "total M", "held-out MRR", "difference", "crossover at", "kit", "difference",
+    "unseen sources", "MaxVio groups", "s/step", "pays?",
+)  # fmt: skip
+# Sets of the kit from sources that contributed no training pair
+UNSEEN = (
+    "sts.wordsim353", "sts.simlex999", "sts.rg65_en_es", "classification.uci_sentences", "retrieval.arxiv_tags",
+    "retrieval.faq_tech", "retrieval.debian_faq_xlingual", "reranking.faq_tech",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences over seeds.
+
+    Attributes:
+        mean: Their mean.
+        deviation: Their standard deviation (n - 1); NaN for one seed.
+        seeds: How many.
+    """
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f}" + (f" ± {self.deviation:.2f}" if self.seeds > 1 else "")
+
+
+def difference(values: list[float]) -> Difference:
+    """From one difference per seed."""
+    return Difference(
+        float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"), len(values)
+    )
+
+
+def verdict(gain: Difference | None, parts: Mapping[str, Difference], seeds_wanted: int) -> str:
+    """What the goal says to a gain on the kit's macro average.
+
+    Args:
+        gain: Of the macro average; None where the kit was not scored.
+        parts: The same of every set and language.
+        seeds_wanted: Of the budget.
+    """
+    if gain is None:
+        return "no kit scores: no verdict"
+    if gain.seeds < seeds_wanted:
+        return f"{gain.seeds} of {seeds_wanted} seeds: no verdict"
+    against = []
+    if gain.mean < LEAST_GAIN:
+        against.append(f"gain under {LEAST_GAIN:+.1f}")
+    if gain.mean <= DEVIATIONS * gain.deviation:
+        against.append(f"within {DEVIATIONS:g} sd")
+    worst = min(parts, key=lambda name: parts[name].mean, default=None)
+    if worst is not None and parts[worst].mean < -LARGEST_LOSS:
+        against.append(f"{worst} {parts[worst].mean:+.2f}")
+    return "no: " + ", ".join(against) if against else "**yes**"
+
+
+def crossover(points: list[tuple[int, float]]) -> int | None:
+    """Pairs seen from which on a gain stays above 0, where it was at or below before; None where there is no such point.
+
+    Args:
+        points: (pairs seen, gain), from the first point after the start.
+    """
+    last_not_above = max((place for place, (_, gain) in enumerate(points) if gain <= 0), default=None)
+    if last_not_above is None or last_not_above == len(points) - 1:
+        return None
+    return points[last_not_above + 1][0]
+
+
+def write_reports(results: Path) -> list[Path]:
+    """Write tableN.md and its pictures into the folder of every budget that has results; returns the tables."""
+    written = []
+    for budget in BUDGETS.values():
+        done = read_results(results / budget.name)
+        for number, arms in TABLES.items():
+            begun = [arm for arm in arms if run_name(arm, budget.learning_rates[0], budget.seeds[0]) in done]
+            if len(begun) > 1 and begun[0].name == BASELINE:
+                path = results / budget.name / f"table{number}.md"
+                partial = path.with_suffix(".partial")
+                partial.write_text(table(number, begun, budget, done), encoding="utf-8")
+                os.replace(partial, path)
+                _pictures(path, begun, budget, done)
+                written.append(path)
+    return written
+
+
+def runs_of(arm: Arm, budget: Budget, done: dict[str, dict]) -> dict[int, dict]:
+    """Seed -> result, at the arm's best rate of those that are done."""
+    rates = [rate for rate in budget.learning_rates if run_name(arm, rate, budget.seeds[0]) in done]
+    best = best_rate(arm, rates, budget.seeds[0], done)
+    return {seed: done[run_name(arm, best, seed)] for seed in budget.seeds if run_name(arm, best, seed) in done}
+
+
+def gains(runs: dict[int, dict], baseline: dict[int, dict], read) -> Difference | None:
+    """Paired difference of what `read` finds in a result; None where it finds nothing in some run of a common seed."""
+    values = [(read(runs[seed]), read(baseline[seed])) for seed in runs if seed in baseline]
+    if not values or any(one is None or other is None for one, other in values):
+        return None
+    return difference([one - other for one, other in values])
+
+
+def kit_macro(result: dict, names: tuple[str, ...] | None = None) -> float | None:
+    """Mean over the kit's sets (or those named), 0 to 100; None where they were not scored."""
+    scores = [entry["score"] for name, entry in (result["kit"] or {}).items() if names is None or name in names]
+    return 100 * float(np.mean(scores)) if scores else None
+
+
+def kit_parts(result: dict) -> dict[str, float]:
+    """Set or language -> score, 0 to 100."""
+    by_language: dict[str, list[float]] = {}
+    for entry in (result["kit"] or {}).values():
+        for language, value in entry["languages"].items():
+            by_language.setdefault(f"language {language}", []).append(100 * value)
+    sets = {name: 100 * entry["score"] for name, entry in (result["kit"] or {}).items()}
+    return sets | {language: float(np.mean(values)) for language, values in by_language.items()}
+
+
+def curve_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> list[tuple[int, float]]:
+    """(pairs seen, mean gain of held-out macro MRR over common seeds) of every point after the start."""
+    common = [seed for seed in runs if seed in baseline]
+    points = zip(*(zip(runs[seed]["curve"][1:], baseline[seed]["curve"][1:], strict=True) for seed in common), strict=True)
+    return [
+        (point[0][0]["pairs"], float(np.mean([macro(one["dev_mrr"]) - macro(other["dev_mrr"]) for one, other in point])))
+        for point in points
+    ]
+
+
+def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict]) -> str:
+    """Markdown of one table."""
+    baseline = runs_of(arms[0], budget, done)
+    lines = [
+        f"# Table {number}, budget {budget.name}",
+        "",
+        f"{budget.steps} steps of {budget.batch_size} pairs, at most {budget.max_length} tokens; rates tried: "
+        f"{', '.join(f'{rate:g}' for rate in budget.learning_rates)}. Differences are to `{BASELINE}`, paired by seed, mean "
+        "± standard deviation over seeds, in points of 0 to 100. Held-out MRR ranks a pair's positive among its domain's; "
+        "the kit never chose anything. Made by `python scripts/ablation.py --report`.",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        "|---" * len(HEADINGS) + "|",
+    ]
+    for arm in arms:
+        lines.append(_row(arm, runs_of(arm, budget, done), baseline, budget))
+    lines += ["", *(f"- **{arm.name}**: {arm.about}." for arm in arms), "", *_domains(arms, baseline, budget, done), ""]
+    some = next(iter(baseline.values()))
+    versions = ", ".join(f"{name} {number}" for name, number in some["versions"].items())
+    lines.append(f"{some['device']}; {versions}; {some['date'][:10]}; `{some['command']}` at {some['commit']}.")
+    return "\n".join(lines) + "\n"
+
+
+def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Budget) -> str:
+    some = next(iter(runs.values()))
+    is_baseline = arm.name == BASELINE
+    held_out = np.mean([macro(run["curve"][-1]["dev_mrr"]) for run in runs.values()])
+    dev = gains(runs, baseline, lambda run: macro(run["curve"][-1]["dev_mrr"]))
+    kit, unseen = gains(runs, baseline, kit_macro), gains(runs, baseline, lambda run: kit_macro(run, UNSEEN))
+    parts = {}
+    if kit is not None and not is_baseline:
+        parts = {name: gains(runs, baseline, lambda run, n=name: kit_parts(run)[n]) for name in kit_parts(some)}
+    scored = [value for value in map(kit_macro, runs.values()) if value is not None]
+    cross = None if is_baseline or dev is None else crossover(curve_gains(runs, baseline))
+    routing = some["curve"][-1]["routing"].values()
+    cells = [
+        arm.name,
+        f"{some['learning_rate']:g}",
+        str(len(runs)),
+        f"{some['parameters']['active'] / 1e6:.1f}",
+        f"{some['parameters']['total'] / 1e6:.1f}",
+        f"{held_out:.2f}",
+        "" if is_baseline else str(dev or ""),
+        f"{cross:,}" if cross else "",
+        f"{np.mean(scored):.2f}" if scored else "",
+        "" if is_baseline else str(kit or ""),
+        "" if is_baseline else str(unseen or ""),
+        " ".join(f"{layer['max_vio_groups']:.2f}" for layer in routing),
+        f"{np.mean([run['seconds'] for run in runs.values()]) / budget.steps:.3f}",
+        "" if is_baseline else verdict(kit, parts, len(budget.seeds)),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def domain_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> dict[str, Difference]:
+    """Domain -> difference of held-out MRR at the end."""
+    domains = next(iter(runs.values()))["curve"][-1]["dev_mrr"]
+    found = {name: gains(runs, baseline, lambda run, n=name: 100 * run["curve"][-1]["dev_mrr"][n]) for name in domains}
+    return {name: gain for name, gain in found.items() if gain is not None}
+
+
+def _domains(arms: list[Arm], baseline: dict[int, dict], budget: Budget, done: dict[str, dict]) -> list[str]:
+    """Held-out MRR by domain: the baseline's at the start and at the end, and every other arm's difference to it."""
+    others = [arm for arm in arms if arm.name != BASELINE]
+    first = next(iter(baseline.values()))["curve"][0]["dev_mrr"]
+    found = {arm.name: domain_gains(runs_of(arm, budget, done), baseline) for arm in others}
+    lines = [
+        "## Held-out MRR by domain",
+        "",
+        f"| domain | parent | {BASELINE} | " + " | ".join(arm.name for arm in others) + " |",
+        "|---" * (len(others) + 3) + "|",
+    ]
+    for domain in first:
+        end = np.mean([100 * run["curve"][-1]["dev_mrr"][domain] for run in baseline.values()])
+        cells = [str(found[arm.name].get(domain, "")) for arm in others]
+        lines.append(f"| {domain} | {100 * first[domain]:.1f} | {end:.1f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _pictures(path: Path, arms: list[Arm], budget: Budget, done: dict[str, dict]) -> None:
+    baseline = runs_of(arms[0], budget, done)
+    others = {arm.name: runs_of(arm, budget, done) for arm in arms if arm.name != BASELINE}
+    others = {name: runs for name, runs in others.items() if any(seed in baseline for seed in runs)}
+    curves = {name: curve_gains(runs, baseline) for name, runs in others.items()}
+    crossovers = {name: crossover(points) for name, points in curves.items()}
+    gain_curves(curves, crossovers, f"Table {path.stem[5:]}, {budget.name}", path.with_suffix(".png"))
+    bars = {name: {d: gain.mean for d, gain in domain_gains(runs, baseline).items()} for name, runs in others.items()}
+    group_bars(
+        bars, f"Table {path.stem[5:]}, {budget.name}: held-out MRR by domain", path.with_name(f"{path.stem}_domains.png")
+    )

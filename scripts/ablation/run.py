@@ -1,0 +1,141 @@
+"""Which runs a table needs, one after the other until the minutes are over, each a JSON file as soon as it is done."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from ablation import loop, scoring
+from ablation.arms import TABLES
+from ablation.budgets import Budget
+from ablation.inputs import Pairs, calibration_texts, load_pairs
+from ablation.loop import Run, Setting
+from ablation.results import due, read_results, run_name
+from hagmoe_hf import sentence
+from hagmoe_hf.files import write_text
+
+PACKAGES = ("torch", "transformers", "sentence-transformers")
+SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is there; more where the kit is scored
+
+
+def run_table(
+    table: int, budget: Budget, inputs: Path, results: Path, work: Path, minutes: float, device: str, command: str, kit: bool
+) -> bool:
+    """Do what a table still needs.
+
+    Args:
+        table: Of `TABLES`.
+        budget: What every arm gets.
+        inputs: Folder that `prepare` made.
+        results: Folder of results; those of a budget lie in its sub-folder.
+        work: Folder for checkpoints and vectors.
+        minutes: After these it stops, with a checkpoint, and the next call goes on.
+        device: Like "cpu" or "cuda".
+        command: What was typed, for the results.
+        kit: Whether to score the kit at the end of every run.
+
+    Returns:
+        Whether the table is complete.
+    """
+    deadline = time.monotonic() + 60 * minutes - SECONDS_LEFT[kit]
+    folder = results / budget.name
+    pairs = load_pairs(inputs, "train", budget.max_length, device)
+    dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
+    texts = calibration_texts(inputs, budget.calibration_texts)
+    waiting = [
+        path for path in (work / budget.name).glob("*/kit.npz") if kit and (folder / f"{path.parent.name}.json").is_file()
+    ]
+    scorers = [score_elsewhere(folder / f"{path.parent.name}.json", inputs / "kit", path) for path in waiting]
+    while todo := due(TABLES[table], budget, read_results(folder)):
+        arm, rate, seed = todo[0]
+        setting = Setting(arm, budget, rate, seed, inputs, device)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        name = run_name(arm, rate, seed)
+        own = work / budget.name / name
+        finished = loop.train(setting, pairs, dev, texts, own, deadline)
+        if finished is None:
+            break
+        run, model = finished
+        write_result(folder / f"{name}.json", setting, run, model, pairs, command)
+        (own / "checkpoint.pt").unlink(missing_ok=True)
+        if kit:
+            vectors = own / "kit.npz"
+            scoring.record(model, scoring.kit_sets(inputs / "kit"), vectors)
+            scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
+    failed = sum(process.wait() != 0 for process in scorers)
+    if failed:
+        print(f"{failed} runs could not be scored; their vectors are kept, and the next call tries again", flush=True)
+    left = len(due(TABLES[table], budget, read_results(folder)))
+    print(f"Table {table}, {budget.name}: {left or 'no'} runs left for now", flush=True)
+    return not left
+
+
+def score_elsewhere(result: Path, kit: Path, vectors: Path) -> subprocess.Popen:
+    """Score recorded vectors in another process, which adds them to the result."""
+    script = Path(sys.argv[0]).resolve()
+    words = [sys.executable, str(script), "--score", str(vectors), "--into", str(result), "--kit", str(kit)]
+    return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def add_kit_scores(result: Path, kit: Path, vectors: Path) -> None:
+    """Put the kit's scores into a result file."""
+    entry = json.loads(result.read_text(encoding="utf-8"))
+    entry["kit"] = scoring.score_recorded(kit, vectors, result.stem)
+    write_text(result, json.dumps(entry, indent=1) + "\n")
+    vectors.unlink()
+
+
+def write_result(path: Path, setting: Setting, run: Run, model: SentenceTransformer, pairs: Pairs, command: str) -> None:
+    """Write down a run: what it was, what came of it, and where."""
+    encoder = sentence.encoder_of(model)
+    config = getattr(encoder, "config", None)
+    total = encoder.num_parameters()
+    counts = config.parameter_counts() if hasattr(config, "parameter_counts") else None
+    gpu = setting.device != "cpu"
+    entry = {
+        "arm": dataclasses.asdict(setting.arm),
+        "budget": dataclasses.asdict(setting.budget),
+        "learning_rate": setting.learning_rate,
+        "seed": setting.seed,
+        "parameters": {"total": total, "active": total - (counts.total - counts.active) if counts else total},
+        "inputs": {"pairs": int(pairs.first_rows[-1]), "manifest": fingerprint(setting)},
+        "curve": run.curve,
+        "seconds": round(run.seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss,
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)",
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": os.environ.get("HAGMOE_COMMIT") or _git_commit(),
+        "code": code_hash(),
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kit": None,
+    }
+    write_text(path, json.dumps(entry, indent=1) + "\n")
+
+
+def fingerprint(setting: Setting) -> str:
+    """Twelve hex digits of the inputs' manifest: equal inputs, equal fingerprint."""
+    return hashlib.sha256((setting.inputs / "manifest.json").read_bytes()).hexdigest()[:12]
+
+
+def code_hash() -> str:
+    """Twelve hex digits of the package's and the apparatus's sources: a commit may be rewritten, these say what ran."""
+    root = Path(__file__).parents[2]
+    sources = sorted([*(root / "hagmoe_hf").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
+def _git_commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,460 @@
+"""The apparatus that says whether the mixture pays: a mistake here would be believed."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ablation import inputs, loop, results, run, scoring
+from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
+from ablation.budgets import Budget
+from ablation.loop import Contrastive, Setting
+from ablation.models import build, parameter_groups
+from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
+from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
+from evaluation_helpers import shipped_rows, write_rows
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from hagmoe_hf import sentence
+from hagmoe_hf.demo import read_corpus
+
+ROOT = Path(__file__).parents[1]
+ARMS = {arm.name: arm for table_arms in TABLES.values() for arm in table_arms}
+TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_texts=40)
+# Arms of the tables, as far as three layers go
+LAYERS = {"layer-3": [1], "layers-2-4": [0, 1], "layers-3-4-5": [1, 2], "layers-1-2-3-4": [0, 1, 2]}
+
+
+def fitted(arm: Arm) -> Arm:
+    """The arm on a parent of three layers."""
+    return dataclasses.replace(arm, upcycling={**arm.upcycling, "sparse_layers": LAYERS.get(arm.name, [0, 1])})
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, tiny_parent) -> Path:
+    """Inputs of real texts in three domains, some of whose pairs repeat the kit."""
+    folder = tmp_path_factory.mktemp("ablation")
+    kit = folder / "kit"
+    write_rows(kit / "sts/wordsim353/test.jsonl", shipped_rows("sts/wordsim353", "test")[:60])
+    queries, corpus, qrels = (shipped_rows("retrieval/arxiv_tags", name) for name in ("queries", "corpus", "qrels"))
+    asked = {row["_id"] for row in queries[:20]}
+    write_rows(kit / "retrieval/arxiv_tags/queries.jsonl", queries[:20])
+    write_rows(kit / "retrieval/arxiv_tags/corpus.jsonl", corpus)
+    write_rows(kit / "retrieval/arxiv_tags/qrels.jsonl", [row for row in qrels if row["query-id"] in asked])
+    texts, _ = read_corpus()
+    halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, texts) if len(words) > 3]
+    rows = [
+        {"domain": ("code", "lexical", "software")[i % 3], "anchor": " ".join(a), "positive": " ".join(b), "split": "train"}
+        for i, (a, b) in enumerate(halves[:300])
+    ]
+    for row in rows[::8]:
+        row["split"] = "dev"
+    rows += [{"domain": "code", "anchor": row["text"], "positive": "leak", "split": "train"} for row in corpus[:3]]
+    pd.DataFrame(rows).assign(lang="en").to_parquet(folder / "pairs.parquet")
+    inputs.prepare(folder / "pairs.parquet", kit, tiny_parent, folder / "inputs", 24, None, seed=0)
+    return folder / "inputs"
+
+
+@pytest.fixture(scope="session")
+def pairs(prepared) -> inputs.Pairs:
+    return inputs.load_pairs(prepared, "train", TINY_BUDGET.max_length, "cpu")
+
+
+@pytest.fixture(scope="session")
+def dev(prepared) -> inputs.Pairs:
+    return inputs.load_pairs(prepared, "dev", TINY_BUDGET.max_length, "cpu", TINY_BUDGET.dev_rows)
+
+
+def setting(arm: Arm, folder: Path, **changes) -> Setting:
+    return Setting(fitted(arm), dataclasses.replace(TINY_BUDGET, **changes), 1e-3, 0, folder, "cpu")
+
+
+def trained(arm: Arm, prepared: Path, pairs, dev, work: Path, deadline: float = math.inf, **changes):
+    texts = inputs.calibration_texts(prepared, TINY_BUDGET.calibration_texts)
+    return loop.train(setting(arm, prepared, **changes), pairs, dev, texts, work, deadline)
+
+
+def model_of(arm: Arm, folder: Path) -> SentenceTransformer:
+    model = build(fitted(arm), folder / "parent", inputs.calibration_texts(folder, 40), 0, "cpu").eval()
+    set_domain(sentence.encoder_of(model), "code")
+    return model
+
+
+def test_what_repeats_the_kit_is_not_trained_on(prepared, pairs):
+    """The one leak that would make every arm look better than it is."""
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert manifest["domains"]["code"]["in_the_kit"] == 3
+    assert sum(domain["train"] for domain in manifest["domains"].values()) == pairs.first_rows[-1]
+    assert sum(domain["train"] + domain["dev"] for domain in manifest["domains"].values()) == 300
+
+
+def test_packed_ids_are_the_tokenizers_own_cut_to_the_length(prepared, pairs):
+    """A lost closing token, or a neighbour's first, would train on texts that nobody wrote."""
+    frame = pd.read_parquet(prepared.parent / "pairs.parquet").sample(frac=1, random_state=0)
+    rows = frame[(frame.domain == "lexical") & (frame.split == "train")]
+    tokenizer = SentenceTransformer(str(prepared / "parent"), device="cpu").tokenizer
+    first = pairs.first_rows[pairs.domains.index("lexical")]
+    features = pairs.features(first + np.arange(7))
+    for column, part in zip(inputs.COLUMNS, features, strict=True):
+        wanted = tokenizer(list(rows[column][:7]), padding=True, truncation=True, max_length=16, return_tensors="pt")
+        width = wanted["input_ids"].shape[1]
+        assert torch.equal(part["input_ids"][:, :width], wanted["input_ids"])
+        assert torch.equal(part["attention_mask"][:, :width], wanted["attention_mask"])
+        assert not part["attention_mask"][:, width:].any()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_every_arm_sees_the_same_batches(pairs, mixed):
+    """Otherwise a difference between arms could be luck. Batches of one domain hold one domain, mixed ones several."""
+    one, again, other = (inputs.plan(pairs, TINY_BUDGET, seed, mixed) for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    domains = [len(np.unique(np.searchsorted(pairs.first_rows, rows, side="right"))) for rows in one]
+    assert all(len(np.unique(rows)) == TINY_BUDGET.batch_size for rows in one)
+    assert max(domains) > 1 if mixed else set(domains) == {1}
+
+
+def test_a_domain_gives_every_row_before_it_repeats_one(pairs):
+    long = dataclasses.replace(TINY_BUDGET, steps=400)
+    rows = np.concatenate(inputs.plan(pairs, long, 0, False))
+    counts = np.bincount(rows, minlength=pairs.first_rows[-1])
+    for first, last in zip(pairs.first_rows[:-1], pairs.first_rows[1:], strict=True):
+        passes = counts[first:last].sum() / (last - first)
+        # a pass leaves out what does not fill a batch, other rows each time
+        assert counts[first:last].max() <= passes * 1.5 + 2
+        assert counts[first:last].min() > 0
+
+
+# Arms that differ in nothing but how they are trained start as one
+BUILT = {(arm.kind, str(arm.upcycling), arm.calibrated, arm.routing, arm.mean_pooled): name for name, arm in ARMS.items()}
+
+
+@pytest.mark.parametrize("name", sorted(BUILT.values()))
+def test_every_arm_starts_with_its_parents_vectors(name, prepared):
+    """Arms that start apart are not compared, whatever they end with."""
+    parent = SentenceTransformer(str(prepared / "parent"), device="cpu")
+    texts = ["free the disk space", "a", "a much longer text about enzymes and their names"]
+    assert np.abs(model_of(ARMS[name], prepared).encode(texts) - parent.encode(texts)).max() < 1e-5
+
+
+def test_arms_have_the_parameters_that_they_claim(prepared):
+    """ "At equal active FLOPs", and the control "at the mixture's total parameters", are claims."""
+    encoders = {
+        arm.name: sentence.encoder_of(model_of(arm, prepared)) for arm in (DENSE, WIDE, FLAT, HAG, CALIBRATED, SEQUENCE)
+    }
+    dense = encoders["dense"].num_parameters()
+    for arm in (FLAT, HAG, CALIBRATED, SEQUENCE):
+        encoder = encoders[arm.name]
+        counts = encoder.config.parameter_counts()
+        routers = sum(p.numel() for name, p in encoder.named_parameters() if ".router." in name or "down_proj_bias" in name)
+        assert encoder.num_parameters() - (counts.total - counts.active) <= dense + routers
+    default = build(HAG, prepared / "parent", [], 0, "cpu")
+    total = sentence.encoder_of(default).num_parameters()
+    assert abs(encoders["dense-wide"].num_parameters() - total) < 0.02 * total + 8 * 3 * 65
+
+
+def test_the_loss_is_sentence_transformers(prepared, pairs):
+    """The loop has its own few lines of InfoNCE; they must be the field's."""
+    model = model_of(DENSE, prepared)
+    features = pairs.features(np.arange(6))
+    stock = MultipleNegativesRankingLoss(model)([dict(part) for part in features], None)
+    assert Contrastive(model)(features).item() == pytest.approx(stock.item(), abs=1e-6)
+
+
+def test_the_distillation_term_is_0_at_the_start(prepared, pairs):
+    model, parent = model_of(DENSE, prepared), model_of(DENSE, prepared)
+    features = pairs.features(np.arange(6))
+    alone = Contrastive(model)(features).item()
+    assert Contrastive(model, parent, 1.0)(features).item() == pytest.approx(alone, abs=1e-6)
+    other = model_of(DENSE, prepared)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    assert Contrastive(model, other, 1.0)(features).item() > alone + 1e-4
+
+
+LATE = ARMS["branch-late"]
+STOPS = [(DENSE, 4), (CALIBRATED, 3), (LATE, 3), (LATE, 4), (LATE, 5), (ARMS["average"], 5), (ARMS["distilled"], 5)]
+
+
+@pytest.mark.parametrize(("arm", "stop"), STOPS, ids=lambda value: getattr(value, "name", value))
+def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(arm, stop, prepared, pairs, dev, tmp_path, monkeypatch):
+    """Weights, curve, balancing and random numbers: parts of ten minutes must be one run."""
+    whole, model = trained(arm, prepared, pairs, dev, tmp_path / "whole")
+    clock = iter(range(10**6))
+    monkeypatch.setattr(loop, "clock", lambda: 0)
+    step = loop.Trainee.step
+    done = []
+
+    def counted(self, number, *args):
+        done.append(number)
+        if number == stop - 1:
+            monkeypatch.setattr(loop, "clock", lambda: 1000 + next(clock))
+        return step(self, number, *args)
+
+    monkeypatch.setattr(loop.Trainee, "step", counted)
+    assert trained(arm, prepared, pairs, dev, tmp_path / "parts", deadline=10) is None
+    assert done == list(range(stop))
+    monkeypatch.setattr(loop, "clock", lambda: 0)
+    monkeypatch.setattr(loop.Trainee, "step", step)
+    torch.manual_seed(123)  # another process has other random numbers
+    resumed, same = trained(arm, prepared, pairs, dev, tmp_path / "parts")
+    assert [point["step"] for point in resumed.curve] == [0, 4, 8]
+    assert resumed.curve == whole.curve
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
+
+
+def test_training_moves_what_the_arm_says_and_nothing_else(prepared, pairs, dev, tmp_path):
+    """Embeddings hold still in every arm, a frozen query, too, gates while frozen; biases move only with balancing."""
+    for arm in (HAG, MEAN_POOLED, ARMS["no-balancing"], dataclasses.replace(HAG, frozen_gates=1.0)):
+        arm = dataclasses.replace(arm, calibrated=False)
+        before = build(fitted(arm), prepared / "parent", [], 0, "cpu").state_dict()
+        before = {name: tensor.clone() for name, tensor in before.items()}
+        after = trained(arm, prepared, pairs, dev, tmp_path / arm.name)[1].state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert not any("embeddings" in name for name in moved)
+        assert any(".experts." in name for name in moved)
+        assert any("attention_query" in name for name in moved) == (not arm.mean_pooled and not arm.frozen_gates)
+        assert any("gate.weight" in name for name in moved) == (not arm.frozen_gates)
+        assert any("group_bias" in name for name in moved) == (arm.balancing is not None)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_follow_autocast(implementation, prepared, pairs):
+    """Stock grouped products would stay in float32 under autocast: right, and several times slower than the dense arm."""
+    model = build(fitted(HAG), prepared / "parent", [], 0, "cpu").eval()
+    encoder = sentence.encoder_of(model)
+    encoder.set_experts_implementation(implementation)
+    experts = encoder.layers[0].mlp.experts
+    seen = []
+    experts.register_forward_hook(lambda module, inputs, output: seen.append((module.up_proj.dtype, output.dtype)))
+    features = pairs.features(np.arange(6))
+    exact = Contrastive(model)(features).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Contrastive(model)(features)
+    loss.backward()
+    assert (torch.bfloat16, torch.bfloat16) in seen
+    assert seen[0] == (torch.float32, torch.float32)
+    assert loss.item() == pytest.approx(exact, abs=0.1)
+    assert experts.up_proj.grad.dtype == torch.float32
+    assert experts.up_proj.grad.abs().max() > 0
+
+
+def test_rates_differ_by_kind_of_parameter(prepared):
+    arm = fitted(dataclasses.replace(HAG, expert_rate=4.0, router_rate=10.0))
+    model = build(arm, prepared / "parent", [], 0, "cpu")
+    groups = {group["kind"]: group for group in parameter_groups(model, arm)}
+    assert {kind: group["factor"] for kind, group in groups.items()} == {"shared": 1.0, "experts": 4.0, "router": 10.0}
+    trained_numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(p.numel() for group in groups.values() for p in group["params"]) == trained_numbers
+
+
+@pytest.mark.parametrize("rule", ["token hash", "text hash", "domain"])
+def test_fixed_routing_depends_on_nothing_but_what_it_says(rule, prepared):
+    """By token: the same token, the same expert. By text: one expert, whatever the padding. By domain: the domain's."""
+    arm = next(arm for arm in ARMS.values() if arm.routing == rule)
+    model = model_of(arm, prepared)
+    encoder = sentence.encoder_of(model)
+    chosen = []
+    router = next(module for module in encoder.modules() if isinstance(module, FixedRouter))
+    router.register_forward_hook(lambda module, _, routing: chosen.append(routing.expert_index.squeeze(-1)))
+    ids = torch.randint(5, 90, (12, 10), generator=torch.Generator().manual_seed(0))
+    ids[3, 4:7] = ids[0, 0]
+    mask = torch.ones_like(ids)
+    set_domain(encoder, "lexical")
+    with torch.inference_mode():
+        encoder(input_ids=ids, attention_mask=mask)
+        padded = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3))
+        encoder(input_ids=padded[0], attention_mask=padded[1])
+    experts = chosen[0].view(12, 10)
+    assert torch.equal(chosen[1].view(12, 13)[:, :10], experts)
+    assert (chosen[1].view(12, 13)[:, 10:] == 8).all()
+    if rule == "token hash":
+        assert (experts[3, 4:7] == experts[0, 0]).all()
+        assert len(experts.unique()) > 4
+    else:
+        assert all(len(row.unique()) == 1 for row in experts)
+        assert len(experts.unique()) == 1 if rule == "domain" else len(experts.unique()) > 3
+    if rule == "domain":
+        assert (experts == EXPERT_OF_DOMAIN["lexical"]).all()
+
+
+def test_the_ceiling_knows_every_domain_of_the_kit():
+    """A set whose domain is not known would be scored with the expert of the one before."""
+    assert set(DOMAIN_OF_SET.values()) <= set(EXPERT_OF_DOMAIN)
+    assert set(EXPERT_OF_DOMAIN.values()) == set(range(8))
+
+
+def test_held_out_rank_is_1_for_the_right_positive(prepared, dev):
+    """MRR by hand, and 1 for a model that tells all texts apart from the pair's own."""
+    model = model_of(DENSE, prepared)
+    mrr, routing = scoring.dev_scores(model, dev)
+    assert routing == {}
+    rows = np.arange(dev.first_rows[0], dev.first_rows[1])
+    with torch.inference_mode():
+        anchors, positives = (model(part)["sentence_embedding"] for part in dev.features(rows))
+    cosines = torch.nn.functional.cosine_similarity(anchors[:, None], positives[None], dim=-1)
+    by_hand = [1 / (1 + int((row > row[i]).sum())) for i, row in enumerate(cosines)]
+    assert mrr[dev.domains[0]] == pytest.approx(np.mean(by_hand))
+    assert set(scoring.dev_scores(model_of(HAG, prepared), dev)[1]) == {"0", "1"}
+
+
+def test_recorded_vectors_score_as_the_model_itself(prepared, tmp_path):
+    """The kit is scored from vectors in another process; it must be `hagmoe evaluate`'s score."""
+    from hagmoe_hf.evaluation.models import candidate
+    from hagmoe_hf.evaluation.runner import score_models
+    from hagmoe_hf.evaluation.tasks import local_task
+
+    model = model_of(HAG, prepared)
+    sets = scoring.kit_sets(prepared / "kit")
+    scoring.record(model, sets, tmp_path / "kit.npz")
+    scores = scoring.score_recorded(prepared / "kit", tmp_path / "kit.npz", "recorded")
+    direct = score_models([candidate(model, "direct")], [local_task(kit_set) for kit_set in sets], tmp_path / "direct")[0]
+    assert {name: entry["score"] for name, entry in scores.items()} == pytest.approx(
+        {name: score.score for name, score in direct.items()}, abs=1e-6
+    )
+    assert scores["sts.wordsim353"]["languages"] == pytest.approx(direct["sts.wordsim353"].languages, abs=1e-6)
+
+
+def test_scores_find_their_way_into_the_result(prepared, tmp_path):
+    """The scorer is another process: what it writes must not lose what the run wrote."""
+    scoring.record(model_of(DENSE, prepared), scoring.kit_sets(prepared / "kit"), tmp_path / "kit.npz")
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 3, "kit": None}))
+    run.add_kit_scores(tmp_path / "run.json", prepared / "kit", tmp_path / "kit.npz")
+    entry = json.loads((tmp_path / "run.json").read_text())
+    assert entry["seed"] == 3
+    assert set(entry["kit"]) == {"sts.wordsim353", "retrieval.arxiv_tags"}
+    assert not (tmp_path / "kit.npz").exists()
+
+
+def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4) -> dict:
+    """A result file as a run writes it, whose held-out MRR is .5 plus `gain`, and half of that in the middle."""
+    curve = [
+        {
+            "step": step,
+            "pairs": step * 48,
+            "dev_mrr": {"a": 0.5 + part * gain, "b": 0.5 + part * gain},
+            "routing": {},
+            "loss": 1,
+        }
+        for step, part in ((0, 0), (75, 0.5), (150, 1))
+    ]
+    scores = None if kit is None else {"sts.words": {"score": kit, "languages": {"en": kit}}}
+    return {
+        "arm": dataclasses.asdict(arm), "seed": seed, "learning_rate": rate, "curve": curve, "kit": scores, "seconds": 9.0,
+        "parameters": {"total": 2e6, "active": 1e6}, "device": "CPU", "versions": {}, "date": "2026", "command": "c",
+        "commit": "x",
+    }  # fmt: skip
+
+
+def test_what_is_due_is_the_grid_first_then_seeds_at_the_best_rate():
+    budget = dataclasses.replace(TINY_BUDGET, learning_rates=(1e-4, 2e-4), seeds=(0, 1))
+    arms = (DENSE, HAG)
+    done = {}
+    order = []
+    while todo := results.due(arms, budget, done):
+        arm, rate, seed = todo[0]
+        order.append((arm.name, rate, seed))
+        better = 0.2 if (arm.name, rate) in (("dense", 1e-4), ("hag", 2e-4)) else 0.1
+        done[results.run_name(arm, rate, seed)] = result(arm, seed, better, rate=rate)
+    assert order == [
+        ("dense", 1e-4, 0), ("dense", 2e-4, 0), ("hag", 1e-4, 0), ("hag", 2e-4, 0), ("dense", 1e-4, 1), ("hag", 2e-4, 1),
+    ]  # fmt: skip
+    assert runs_of(HAG, budget, done)[1]["learning_rate"] == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("gain", "parts", "expected"),
+    [
+        (None, {}, "no kit scores: no verdict"),
+        (Difference(1.5, 0.1, 2), {}, "2 of 3 seeds: no verdict"),
+        (Difference(1.5, 0.1, 3), {"a": Difference(-0.4, 0, 3)}, "**yes**"),
+        (Difference(0.9, 0.1, 3), {}, "no: gain under +1.0"),
+        (Difference(1.5, 0.8, 3), {}, "no: within 2 sd"),
+        (Difference(1.5, 0.1, 3), {"a": Difference(1, 0, 3), "b": Difference(-0.6, 0, 3)}, "no: b -0.60"),
+    ],
+)
+def test_the_verdict_is_the_goals(gain, parts, expected):
+    """+1.0 on the macro average, more than twice the deviation, nothing worse by more than 0.5, three seeds."""
+    assert verdict(gain, parts, 3) == expected
+
+
+def test_a_crossover_is_where_the_gain_stays_above_0():
+    assert crossover([(1, -1.0), (2, 0.5), (3, -0.1), (4, 0.2), (5, 0.3)]) == 4
+    assert crossover([(1, 0.1), (2, 0.2)]) is None
+    assert crossover([(1, 0.1), (2, -0.2)]) is None
+
+
+def test_tables_pair_runs_by_seed(tmp_path):
+    """Seeds differ by more than arms do: only differences within a seed count."""
+    done = {}
+    budget = dataclasses.replace(TINY_BUDGET, learning_rates=(1e-4,), seeds=(0, 1, 2), steps=150)
+    for seed, luck in enumerate((0.0, 0.1, 0.2)):
+        done[results.run_name(DENSE, 1e-4, seed)] = result(DENSE, seed, luck, kit=0.5 + luck)
+        done[results.run_name(HAG, 1e-4, seed)] = result(HAG, seed, luck + 0.02 + seed / 1000, kit=0.52 + luck + seed / 1000)
+    dense, hag = (runs_of(arm, budget, done) for arm in (DENSE, HAG))
+    pairs_seen, gain = zip(*curve_gains(hag, dense), strict=True)
+    assert pairs_seen == (75 * 48, 150 * 48)
+    assert gain == pytest.approx((1.05, 2.1))
+    text = table(1, [DENSE, HAG], budget, done)
+    row = next(line for line in text.splitlines() if line.startswith("| hag "))
+    assert row.count("+2.10 ± 0.10") == 2
+    assert row.endswith("**yes** |")
+    assert kit_parts(done[results.run_name(HAG, 1e-4, 0)]) == {"sts.words": 52.0, "language en": 52.0}
+    assert str(difference([1.0])) == "+1.00"
+
+
+PROGRAM = """
+import dataclasses, os, runpy, signal, sys
+sys.path.insert(0, "scripts")
+from ablation import arms, budgets, loop, report, run
+budgets.BUDGETS["screening"] = budgets.Budget("screening", 6, 6, 16, (1e-3,), (0,), 10, 2, calibration_texts=40)
+loop.CHECKPOINT_SECONDS = 0
+hag = dataclasses.replace(arms.HAG, upcycling={"sparse_layers": [0, 1]})
+arms.TABLES = report.TABLES = run.TABLES = {1: (arms.DENSE, hag)}
+step = loop.Trainee.step
+def killed_in_the_fifth_step(self, number, *args):
+    if number == 4 and "KILL" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *args)
+loop.Trainee.step = killed_in_the_fifth_step
+runpy.run_path("scripts/ablation.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_script_survives_a_kill_goes_on_and_reports(prepared, tmp_path):
+    """The whole way as it is called: a table, kill -9 in the middle, again, then tables and pictures; without mteb."""
+    work, out = tmp_path / "work", tmp_path / "results"
+
+    def call(*more, **environment):
+        words = [*more, "--inputs", prepared, "--results", out, "--work", work]
+        usual = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROGRAM, *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, env={**usual, **environment}, capture_output=True, text=True, check=False)
+
+    assert call("--table", "1", "--no-kit", KILL="1").returncode == -signal.SIGKILL
+    assert [path.parent.name for path in work.rglob("checkpoint.pt")] == ["dense_lr0.001_seed0"]
+    last = call("--table", "1", "--no-kit")
+    assert "Table 1, screening: no runs left for now" in last.stdout, last.stderr
+    assert not list(work.rglob("checkpoint.pt"))
+    assert {path.stem for path in out.rglob("*.json")} == {"dense_lr0.001_seed0", "hag_lr0.001_seed0"}
+    assert call("--report").returncode == 0
+    assert {path.name for path in (out / "screening").iterdir() if path.suffix != ".json"} == {
+        "table1.md", "table1.png", "table1_domains.png",
+    }  # fmt: skip
+
+
+def test_training_needs_no_mteb():
+    """The machine with the GPU has none, and nothing to install it from; scoring alone needs it."""
+    program = "import sys; sys.path.insert(0, 'scripts'); import ablation.run, ablation.report; print('mteb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

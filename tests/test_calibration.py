@@ -1,0 +1,170 @@
+"""Gates that start from texts: the same vectors, even groups, groups that mean something."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, spread
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel
+
+from hagmoe_hf import upcycle
+from hagmoe_hf.analysis.trace import DomainLoad, domain_load
+from hagmoe_hf.calibration import balancing_bias, even_k_means, read_texts
+from hagmoe_hf.demo import read_corpus
+
+WAYS = {
+    "groups by sequence": {},
+    "groups by token": {"group_routing": "token"},
+    "flat token router": {"n_group": 1},
+    "sequence router": {"n_group": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def halves() -> tuple[list[str], list[str], list[str]]:
+    """Texts to calibrate with, others to look at, and the domains of those."""
+    texts, domains = read_corpus()
+    return texts[::3], texts[1::3], domains[1::3]
+
+
+@pytest.fixture(scope="module")
+def calibrated(real_parent, halves):
+    return upcycle(real_parent, calibration_texts=halves[0])
+
+
+def group_counts(load: DomainLoad) -> np.ndarray:
+    """(sparse layers, domains, groups)"""
+    return load.counts.reshape(*load.counts.shape[:2], load.num_groups, -1).sum(-1)
+
+
+def largest_group(load: DomainLoad) -> np.ndarray:
+    """(sparse layers,) load of the largest group over the mean group's"""
+    per_group = group_counts(load).sum(1)
+    return per_group.max(-1) / per_group.mean(-1)
+
+
+def information(load: DomainLoad) -> np.ndarray:
+    """(sparse layers,) mutual information of domain and group, in nats"""
+    joint = group_counts(load) / group_counts(load).sum((1, 2), keepdims=True)
+    independent = joint.sum(2, keepdims=True) * joint.sum(1, keepdims=True)
+    return (joint * np.log(np.where(joint > 0, joint, independent) / independent)).sum((1, 2))
+
+
+def test_a_calibrated_mixture_still_gives_its_parents_vectors(real_parent, calibrated, halves):
+    """The promise of upcycling must not depend on where the gates point."""
+    assert np.abs(calibrated.encode(halves[1]) - real_parent.encode(halves[1])).max() <= 2e-6
+
+
+def test_groups_start_even_and_about_domains_on_texts_that_were_not_seen(real_mixture, calibrated, halves):
+    """Random gates send most texts to one group: capacity that is paid for and not used."""
+    fresh, started = (domain_load(model[0].model, model.tokenizer, *halves[1:]) for model in (real_mixture, calibrated))
+    assert largest_group(fresh).max() > 2
+    assert largest_group(started).max() < 1.4
+    assert information(started).min() > 2 * information(fresh).max()
+
+
+def test_the_report_says_what_the_gates_started_from(calibrated, halves, tmp_path):
+    """It goes into the card and the JSON beside the model."""
+    report = calibrated.upcycling_report
+    assert report.calibration.texts == len(halves[0])
+    assert [start.layer for start in report.calibration.layers] == list(report.sparse_layers)
+    assert all(1 <= start.largest_group < 1.1 for start in report.calibration.layers)
+    assert f"gates started from {len(halves[0])} texts; largest group against the mean one: 1.0" in str(report)
+    assert report.to_dict()["calibration"]["layers"][0]["layer"] == 1
+    calibrated.save_pretrained(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert torch.equal(
+        again[0].model.layers[1].mlp.router.group_gate.weight, calibrated[0].model.layers[1].mlp.router.group_gate.weight
+    )
+    assert torch.equal(again[0].model.layers[1].mlp.router.group_bias, calibrated[0].model.layers[1].mlp.router.group_bias)
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS.keys())
+def test_every_router_starts_even(options, tiny_parent, corpus):
+    """Each level of each router is started, and none of the others' parameters is touched."""
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")
+    fresh, started = (upcycle(parent, calibration_texts=texts, **options) for texts in (None, corpus[:200]))
+    assert np.abs(started.encode(corpus[:40]) - parent.encode(corpus[:40])).max() <= 1e-5
+    load = domain_load(started[0].model, started.tokenizer, corpus[:200], ["all"] * 200).counts.sum(1)
+    assert (load.max(-1) / load.mean(-1)).max() < 1.3
+    before, after = fresh.state_dict(), started.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    gates = {name for name in before if name.endswith(("gate.weight", "group_bias", "expert_bias"))}
+    assert {name for name in gates if name.endswith("weight")} <= changed <= gates
+
+
+def test_calibration_is_reproducible_and_leaves_mode_and_random_numbers(tiny_parent, corpus):
+    """A seed that does not decide everything makes runs that cannot be compared."""
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")
+    torch.manual_seed(1)
+    expected = copy.deepcopy(torch.get_rng_state())
+    one, same, other = (upcycle(parent, calibration_texts=corpus[:99], seed=seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one if "group_gate" in name)
+    assert upcycle(parent.train(), calibration_texts=corpus[:99])[0].model.training
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "calibration_texts holds 'one text' of type str; allowed: a list of texts"),
+        (["a text", 3], "calibration_texts holds 3 of type int"),
+        ([], "holds 0 texts that are not empty; allowed: at least num_experts=8"),
+        (["a"] * 7 + [" "], "holds 7 texts"),
+    ],
+)
+def test_texts_that_cannot_start_a_gate_are_refused(texts, message, tiny_parent):
+    with pytest.raises(ValueError, match=message):
+        upcycle(str(tiny_parent), calibration_texts=texts)
+
+
+def test_equal_texts_start_finite_gates(tiny_parent):
+    """Nothing to cluster is no reason for NaN."""
+    mixture = upcycle(str(tiny_parent), calibration_texts=["the same text"] * 8)
+    assert all(torch.isfinite(tensor).all() for tensor in mixture.state_dict().values())
+
+
+def test_a_model_without_its_tokenizer_is_refused():
+    """There is no way to read texts with it."""
+    with pytest.raises(ValueError, match="BertModel, which comes without its tokenizer; allowed: a path"):
+        upcycle(spread(BertModel(BertConfig(**TINY))), calibration_texts=["a text"] * 9)
+
+
+def test_texts_come_from_the_lines_of_a_file(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\n\n  zwei drei \n", encoding="utf-8")
+    assert read_texts(path) == ["one", "zwei drei"]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"texts\.txt is not UTF-8"):
+        read_texts(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no text; allowed: one text per line"):
+        read_texts(path)
+
+
+def test_clusters_are_found_and_evened():
+    """Three well-separated directions of unlike size: with three keys each is found, with two the load is still even."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(6)[:3] * 5
+    points = torch.cat(
+        [centre + 0.1 * torch.randn(n, 6, generator=generator) for centre, n in zip(centres, (100, 100, 100), strict=True)]
+    )
+    keys, offset = even_k_means(points, torch.ones(300), 3, generator)
+    chosen = (points @ keys.T + offset).argmax(-1).view(3, 100)
+    assert all(len(row.unique()) == 1 for row in chosen)
+    assert len(chosen[:, 0].unique()) == 3
+    skewed = torch.cat([points[:100], points[100:120]]) + 0.3 * torch.randn(120, 6, generator=generator)
+    keys, offset = even_k_means(skewed, torch.ones(120), 2, generator)
+    load = torch.bincount((skewed @ keys.T + offset).argmax(-1), minlength=2)
+    assert load.max() <= 66
+
+
+def test_balancing_counts_weights():
+    scores = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0.0, 0.0, -3.0])
+    weights = torch.linspace(0.1, 2, 500)
+    chosen = (scores + balancing_bias(scores, weights)).argmax(-1)
+    load = torch.zeros(4).index_add(0, chosen, weights)
+    assert load.max() / load.mean() < 1.05
