@@ -59,7 +59,7 @@ def benchmark(
     output.mkdir(parents=True, exist_ok=True)
     workloads.pin_threads(threads)
     contestants = [*line_up(parent, output / "models", mixture), *others]
-    trainable = [c for c in contestants if c.file_name is None and "eager" not in c.name]
+    trainable = contestants[:3]  # a step takes long, and the others have other weights to train
     models = {c.name: c.load() for c in contestants}
 
     tasks: dict[str, Callable[[], Any]] = {
