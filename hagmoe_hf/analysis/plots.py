@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .trace import DomainLoad
+from .stats import LabelLoad
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def domain_expert_heatmap(load: DomainLoad, path: str | os.PathLike) -> Path:
+def domain_expert_heatmap(load: LabelLoad, path: str | os.PathLike) -> Path:
     """Draw one heatmap per sparse layer: domains down, experts across, colour and number the share of a domain's tokens.
 
     Args:
@@ -25,7 +25,7 @@ def domain_expert_heatmap(load: DomainLoad, path: str | os.PathLike) -> Path:
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _figure(width=0.62 * load.counts.shape[2] * len(load.layers) + 2.8, height=0.42 * len(load.domains) + 1.7)
+    figure = _figure(width=0.62 * load.counts.shape[2] * len(load.layers) + 2.8, height=0.42 * len(load.labels) + 1.7)
     axes = figure.subplots(1, len(load.layers), sharey=True, squeeze=False)[0]
     per_group = load.counts.shape[2] // load.num_groups
     for axis, layer, share_SE in zip(axes, load.layers, load.share, strict=True):
@@ -39,7 +39,7 @@ def domain_expert_heatmap(load: DomainLoad, path: str | os.PathLike) -> Path:
         axis.set_title(f"layer {layer}", fontsize=10)
         axis.set_xlabel("expert (white lines part the groups)", fontsize=9)
         axis.set_xticks(range(share_SE.shape[1]))
-        axis.set_yticks(range(len(load.domains)), load.domains)
+        axis.set_yticks(range(len(load.labels)), load.labels)
         axis.tick_params(labelsize=8)
     figure.colorbar(image, ax=list(axes), label="share of the domain's tokens", fraction=0.03)
     figure.suptitle("Where each domain's tokens went (per cent)", fontsize=11)
