@@ -88,8 +88,9 @@ def test_importance_is_nothing_while_experts_are_copies(tiny_parent, corpus):
 
 
 def test_an_expert_that_cannot_be_spared_is_an_error(tiny_parent, tiny_mixture):
-    with pytest.raises(ValueError, match=r"layer=2, expert=0 is not possible; allowed: layers \[0, 1\]"), without_expert(
-        tiny_mixture, 2, 0
+    with (
+        pytest.raises(ValueError, match=r"layer=2, expert=0 is not possible; allowed: layers \[0, 1\]"),
+        without_expert(tiny_mixture, 2, 0),
     ):
         pass
     both = mixture_of(tiny_parent, num_experts_per_tok=2)  # both experts of the one open group

@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from sentence_transformers import SentenceTransformer
 
 from hagmoe_hf import upcycle
@@ -57,7 +56,7 @@ def test_sequence_routing_keeps_a_text_in_one_group(tiny_mixture, texts):
     assert ((group_counts(counts, trace.num_groups) > 0).sum(axis=1) == 1).all()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -72,11 +71,11 @@ def test_a_killed_trace_goes_on_and_ends_the_same(tiny_mixture, texts, tmp_path,
         if len(calls) == 8:
             self._save = lambda: None  # as if there were no time to
             self._files["vector"].write(b"half a row")
-            raise Killed
+            raise KilledError
         append(self, *arguments)
 
     monkeypatch.setattr(trace_room._Arrays, "append", dies_at_the_eighth)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         record(tiny_mixture, texts, tmp_path / "parts", batch_size=4)
     assert json.loads((tmp_path / "parts/trace.json").read_text())["done"] == 24
     again = record(tiny_mixture, texts, tmp_path / "parts", batch_size=4)

@@ -27,12 +27,12 @@ RANKS = {
     "importing": 2,
     "hub": 2,
     "upcycling": 2,
-    "analysis": 3,
     "evaluation": 3,
     "export": 3,
     "training": 3,
-    "demo": 4,
-    "cli": 5,
+    "analysis": 4,
+    "demo": 5,
+    "cli": 6,
 }
 HUB_FILES = ("configuration_hagmoe.py", "kernels_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
 

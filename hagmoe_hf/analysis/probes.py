@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def token_views(model: "SentenceTransformer", texts: list[str]) -> list[TokenVie
 def _see_gate(weights: list[np.ndarray], router: HagMoeRouter, inputs: tuple) -> None:
     """Before a router's forward pass over one text: the weights of `routing_hagmoe.attention_pool`."""
     states = inputs[0].float()
-    scores = states @ router.attention_query.float() * states.shape[-1] ** -0.5
+    scores = states @ cast(torch.Tensor, router.attention_query).float() * states.shape[-1] ** -0.5
     weights.append(scores.softmax(dim=-1)[0].cpu().numpy())
 
 
@@ -83,7 +83,9 @@ def sparse_blocks(encoder: HagMoeModel) -> list[tuple[int, HagMoeSparseMLP]]:
 
 
 @torch.inference_mode()
-def expert_outputs(model: "SentenceTransformer", texts: list[str], *, max_tokens: int = 512, seed: int = 0) -> list[np.ndarray]:
+def expert_outputs(
+    model: "SentenceTransformer", texts: list[str], *, max_tokens: int = 512, seed: int = 0
+) -> list[np.ndarray]:
     """Give every expert of a layer the same tokens, whoever they were routed to.
 
     Args:

@@ -1,8 +1,8 @@
 """What recorded routing says, in numbers. NumPy only: nothing here sees a model.
 
-Information is in bits. A "choice" is one of a token's K experts; a "label" is a domain, a language, a token id or a position.
-A number that could be large by chance comes with the same number of shuffled labels (`Information`): whole texts are
-shuffled, never single tokens, because the tokens of one text are not independent and a text's group is chosen once.
+Information is in bits. A "choice" is one of a token's K experts; a "label" is a domain, a language, a token id or a
+position. A number that could be large by chance comes with the same number of shuffled labels (`Information`): whole texts
+are shuffled, never single tokens, because the tokens of one text are not independent and a text's group is chosen once.
 
 Axes:  N texts   T tokens   K experts per token   E experts   G groups   C labels   D width of a vector   P pairs
 """
@@ -191,9 +191,7 @@ def mutual_information(joint: np.ndarray) -> float:
     return max(float(separate - entropy(joint.ravel())), 0.0)
 
 
-def label_information(
-    counts_NE: np.ndarray, label_N: np.ndarray, *, shuffles: int = 99, seed: int = 0
-) -> Information:
+def label_information(counts_NE: np.ndarray, label_N: np.ndarray, *, shuffles: int = 99, seed: int = 0) -> Information:
     """I(choice; label) where each text has one label (its domain, its language).
 
     Args:
@@ -399,6 +397,22 @@ def neighbour_purity(features: np.ndarray, label_N: np.ndarray) -> tuple[float, 
     sizes = np.bincount(label_N)
     chance = float((sizes * (sizes - 1.0)).sum() / (len(label_N) * (len(label_N) - 1.0)))
     return float((label_N[nearest] == label_N).mean()), chance
+
+
+def label_similarity(vectors: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """Mean cosine between the (N, D) vectors of each two labels (N,) in [0, C): (C, C); a text with itself is left out.
+
+    On the diagonal 1 stands for a label of one text.
+    """
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    sizes = np.bincount(label_N)
+    sums = np.zeros((len(sizes), vectors.shape[1]))
+    np.add.at(sums, label_N, unit)
+    similarity = sums @ sums.T / np.outer(sizes, sizes)
+    pairs = sizes * (sizes - 1.0)
+    within = (np.einsum("cd,cd->c", sums, sums) - sizes) / np.maximum(pairs, 1)
+    np.fill_diagonal(similarity, np.where(pairs > 0, within, 1.0))
+    return similarity
 
 
 def information_bound(label_shares: np.ndarray, num_experts: int) -> float:

@@ -119,7 +119,8 @@ def record(
         with tempfile.TemporaryDirectory() as temporary:
             options: dict[str, Any] = {"batch_size": batch_size, "prompt": prompt, "show_progress_bar": show_progress_bar}
             mapped = record(model, texts, temporary, **options)
-            return replace(mapped, **{name: np.array(getattr(mapped, name)) for name in _dtypes(0) if name != "length"})
+            loaded: dict[str, Any] = {name: np.array(getattr(mapped, name)) for name in _dtypes(0) if name != "length"}
+            return replace(mapped, **loaded)
     encoder = sparse_encoder(model)
     config = encoder.config
     if prompt is None:
@@ -144,7 +145,9 @@ def record(
         while arrays.done < count:
             batch = list(texts.texts[arrays.done : arrays.done + batch_size])
             features = model.preprocess(batch, prompt=prompt)
-            features = {name: value.to(encoder.device) if torch.is_tensor(value) else value for name, value in features.items()}
+            features = {
+                name: value.to(encoder.device) if torch.is_tensor(value) else value for name, value in features.items()
+            }
             output = encoder(**features, output_router_logits=True, output_expert_index=True)
             vectors = _vectors(model, features, output)
             arrays.append(len(batch), _rows(features, output, vectors, config.num_experts))
@@ -152,7 +155,13 @@ def record(
     mapped_arrays = arrays.read()
     text_start = np.concatenate([[0], np.cumsum(mapped_arrays.pop("length"), dtype=np.int64)])
     return Trace(
-        texts, tuple(config.sparse_layers), config.num_experts, config.n_group, config.group_routing, text_start, **mapped_arrays
+        texts,
+        tuple(config.sparse_layers),
+        config.num_experts,
+        config.n_group,
+        config.group_routing,
+        text_start,
+        **mapped_arrays,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from .. import sentence
-from ..analysis.plots import domain_expert_heatmap
+from ..analysis.plots import label_expert_heatmap
 from ..analysis.stats import LabelLoad
 from ..analysis.texts import Texts
 from ..analysis.trace import label_load, record
@@ -90,7 +90,7 @@ def _run(folder: Path, output: Path, say: Callable[[str], None]) -> float:
     encoder = sentence.encoder_of(mixture)
     load = label_load(record(mixture, Texts(tuple(texts), tuple(domains)), show_progress_bar=True), "domain")
     say(load_table(load))
-    domain_expert_heatmap(load, folder / "domains.png")
+    label_expert_heatmap(load, folder / "domains.png")
     say("The router is as new: it separates texts by chance, not by skill. Training teaches it.")
 
     say("\n5. Save, and reload with stock classes")
