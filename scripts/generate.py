@@ -3,7 +3,8 @@
     python scripts/generate.py MODEL "Paris is the [MASK] of [MASK]." --steps 2
 
 An encoder sees both sides of a blank, so it does not write from left to right. All blanks are predicted at once; the surest
-ones are filled, and the others are predicted again with those in place, over `--steps` rounds (mask-predict, arXiv 1904.09324).
+ones are filled, and the others are predicted again with those in place, over `--steps` rounds (mask-predict, arXiv
+1904.09324).
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python scripts/profile_layers.py MODEL --length 128
 
-FLOPs are two per weight of every matrix product that one token passes, and attention's products over the whole text; of the
-routed experts only those chosen count. Memory is the weights', and the activations of a forward pass of one text at their
-highest point, measured by torch's profiler. (Called profile.py, this file would hide Python's own module of that name, which
-torch.compile needs, from every script beside it.)
+FLOPs are two per weight that one token passes, and attention's products over the whole text; of the routed experts only
+those chosen count. Memory is the weights', and the activations of a forward pass of one text at their highest point, measured
+by torch's profiler. (Called profile.py, this file would hide Python's own module of that name, which torch.compile needs,
+from every script beside it.)
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def layer_costs(model: nn.Module, length: int) -> list[tuple[str, int, int, float]]:
-    """(name, parameters, active parameters, FLOPs per token) of the embeddings and of every layer.
+    """(name, parameters, active parameters, FLOPs per token) of the embeddings, of every layer, and of the rest.
 
     Args:
         model: A `HagMoeModel`.
@@ -44,10 +44,10 @@ def layer_costs(model: nn.Module, length: int) -> list[tuple[str, int, int, floa
             idle = 1 - config.num_experts_per_tok / config.num_experts
             active -= round(parameters(layer.mlp.experts) * idle)
         attention = 4 * length * config.hidden_size  # scores and their sum: two products over `length` states
-        rows.append(
-            (f"layer {number} ({'sparse' if layer.is_sparse else 'dense'})", total, active, 2.0 * active + attention)
-        )
-    return rows
+        kind = "sparse" if layer.is_sparse else "dense"
+        rows.append((f"layer {number} ({kind})", total, active, 2.0 * active + attention))
+    rest = parameters(model) - sum(row[1] for row in rows)  # a final norm, and a pooler, which sees one token of a text
+    return [*rows, ("final norm, pooler", rest, rest, 2.0 * rest / length)] if rest else rows
 
 
 def peak_activations(model: nn.Module, length: int) -> int:

@@ -9,6 +9,7 @@ model is build/specialization/trained/report.html, that of the untouched mixture
 import argparse
 import json
 import platform
+import shutil
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +106,7 @@ def main() -> None:
             **{key: summary[key] for key in ("drift", "saturation", "importance") if key in summary},
         }
     write_text(args.output, json.dumps(result, indent=1) + "\n")
+    shutil.copyfile(args.folder / "trained/domain_experts.png", args.output.with_suffix(".png"))
     print(json.dumps({name: result[name]["findings"] for name in looks}, indent=1))
 
 

@@ -2,8 +2,9 @@
 
     python scripts/trace_speed.py docs/results/trace-speed.json --tokens 1000000
 
-A model is upcycled from all-MiniLM-L6-v2 and runs the bundled corpus over and over, in blocks: A (encode) B (record) A B ...,
-in one process, each going first in turn, so that whatever else the machine does falls on both. Also checked: equal vectors.
+A model is upcycled from all-MiniLM-L6-v2 and runs the bundled corpus over and over, in blocks: A (encode) B (record) A B
+..., in one process, each going first in turn, so that whatever else the machine does falls on both. Also checked: equal
+vectors.
 """
 
 import argparse

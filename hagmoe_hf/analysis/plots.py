@@ -56,7 +56,7 @@ def label_expert_heatmap(load: LabelLoad, path: str | os.PathLike) -> Path:
         for boundary in range(per_group, num_experts if load.num_groups > 1 else 0, per_group):
             axis.axvline(boundary - 0.5, color="w", linewidth=2.5)
         axis.set_title(f"layer {layer}", fontsize=10)
-        axis.set_xlabel("expert" + (", groups parted" if load.num_groups > 1 else ""), fontsize=9)
+        axis.set_xlabel("expert" + (" (lines part the groups)" if load.num_groups > 1 else ""), fontsize=9)
         axis.set_xticks(range(num_experts))
         axis.set_yticks(range(len(labels)), labels)
     figure.colorbar(image, ax=list(axes), label="% of the tokens", fraction=0.03)

@@ -276,8 +276,10 @@ def _about_languages(summary: Summary) -> str:
     names = summary["labels"]["language"]["names"]
     divergence = np.mean(summary["labels"]["language"]["divergence"], axis=0)
     farthest = np.unravel_index(divergence.argmax(), divergence.shape)
-    above = divergence + 2 * np.eye(len(names))
-    nearest = np.unravel_index(above.argmin(), above.shape)
+    near = divergence + 2 * np.eye(len(names))  # never a language and itself
+    nearest = np.unravel_index(near.argmin(), near.shape)
+    if divergence[farthest] - near[nearest] < 0.005:
+        return f"{text} All are equally far apart (Jensen-Shannon divergence {divergence[farthest]:.2f} bits of 1)."
     return (
         f"{text} Farthest apart are {names[farthest[0]]} and {names[farthest[1]]} (Jensen-Shannon divergence "
         f"{divergence[farthest]:.2f} bits of 1), nearest {names[nearest[0]]} and {names[nearest[1]]} "
