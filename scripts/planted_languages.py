@@ -23,7 +23,7 @@ from hagmoe_hf.analysis.texts import Texts, label_ids
 from hagmoe_hf.analysis.trace import record, sparse_encoder
 from hagmoe_hf.demo import parent_folder
 from hagmoe_hf.evaluation.kit import SHIPPED, find_sets
-from hagmoe_hf.evaluation.runner import write_text
+from hagmoe_hf.files import write_text
 from hagmoe_hf.routing_hagmoe import attention_pool
 
 SETS = {"en": ("classification/wiki_topic_en", "test"), "fr": ("classification/wiki_topic_fr", "test")}

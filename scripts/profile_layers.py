@@ -3,9 +3,9 @@
     python scripts/profile_layers.py MODEL --length 128
 
 FLOPs are two per weight that one token passes, and attention's products over the whole text; of the routed experts only
-those chosen count. Memory is the weights', and the activations of a forward pass of one text at their highest point, measured
-by torch's profiler. (Called profile.py, this file would hide Python's own module of that name, which torch.compile needs,
-from every script beside it.)
+those chosen count. Memory is the weights', and the activations of a forward pass of one text at their highest point,
+measured by torch's profiler. (Called profile.py, this file would hide Python's own module of that name, which torch.compile
+needs, from every script beside it.)
 """
 
 import argparse

@@ -24,7 +24,7 @@ from hagmoe_hf import upcycle
 from hagmoe_hf.analysis.report import analyze
 from hagmoe_hf.analysis.texts import read_texts
 from hagmoe_hf.demo import parent_folder
-from hagmoe_hf.evaluation.runner import write_text
+from hagmoe_hf.files import write_text
 from hagmoe_hf.training.run import main as train
 
 STEPS, BATCH, LENGTH = 60, 24, 32

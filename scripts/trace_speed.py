@@ -28,7 +28,7 @@ from hagmoe_hf import upcycle
 from hagmoe_hf.analysis.texts import Texts
 from hagmoe_hf.analysis.trace import record
 from hagmoe_hf.demo import parent_folder, read_corpus
-from hagmoe_hf.evaluation.runner import write_text
+from hagmoe_hf.files import write_text
 
 BLOCK_TOKENS = 50_000
 

@@ -105,6 +105,13 @@ def test_importing_the_package_loads_nothing_optional():
     assert not {"sentence_transformers", "datasets", "matplotlib", "mteb", "sklearn"} & set(loaded)
 
 
+def test_looking_inside_needs_no_evaluation_library():
+    """`pip install hagmoe_hf[sentence,plots]` is what its guide says; mteb and its dependencies are many."""
+    program = "import sys, hagmoe_hf.analysis.report; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"mteb", "matplotlib", "sklearn"} & set(loaded)
+
+
 def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 

@@ -26,6 +26,7 @@ LIGHT, DARK = COLOURS[2], COLOURS[1]
 MARKERS = "os^DvP*X<>hp8d"
 DASHES = ("-", "--", ":", "-.")
 MAX_LABELS = 24  # rows of a heatmap and entries of a legend; of more the largest are drawn
+MAX_WIDTH = 13.0  # inches: what is wider is too small to read on a page
 MAX_TOKENS = 64  # of a sentence that is drawn token by token
 
 
@@ -45,21 +46,24 @@ def label_expert_heatmap(load: LabelLoad, path: str | os.PathLike) -> Path:
     most = np.sort(np.argsort(-load.counts[0].sum(axis=-1), kind="stable")[:MAX_LABELS])
     labels = [load.labels[row] for row in most]
     num_experts = load.counts.shape[2]
-    figure = _figure(
-        width=(0.46 * num_experts + 0.3) * len(load.layers) + 0.085 * max(map(len, labels)) + 1.4,
-        height=0.34 * len(labels) + 1.6,
-    )
-    axes = figure.subplots(1, len(load.layers), sharey=True, squeeze=False)[0]
+    panel, names = 0.46 * num_experts + 0.3, 0.085 * max(map(len, labels))
+    across, down = _grid(len(load.layers), panel)
+    figure = _figure(width=panel * across + names + 1.4, height=(0.34 * len(labels) + 0.8) * down + 0.8)
+    axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     per_group = num_experts // load.num_groups
-    for axis, layer, share_CE in zip(axes, load.layers, load.share[:, most], strict=True):
-        image = _heatmap(axis, 100 * share_CE, ".0f", 0, 100)
+    shares = 100 * load.share[:, most]
+    high = max(float(shares.max()), 200 / num_experts)  # an even load is not drawn as if it were a lot
+    for axis, layer, share_CE in zip(axes, load.layers, shares, strict=False):
+        image = _heatmap(axis, share_CE, ".0f", 0, high)
         for boundary in range(per_group, num_experts if load.num_groups > 1 else 0, per_group):
             axis.axvline(boundary - 0.5, color="w", linewidth=2.5)
         axis.set_title(f"layer {layer}", fontsize=10)
         axis.set_xlabel("expert" + (" (lines part the groups)" if load.num_groups > 1 else ""), fontsize=9)
         axis.set_xticks(range(num_experts))
         axis.set_yticks(range(len(labels)), labels)
-    figure.colorbar(image, ax=list(axes), label="% of the tokens", fraction=0.03)
+    for axis in axes[len(load.layers) :]:
+        axis.set_visible(False)
+    figure.colorbar(image, ax=list(axes[: len(load.layers)]), label="% of the tokens", fraction=0.03)
     figure.suptitle(f"Where each {load.kind}'s tokens went (per cent)", fontsize=11)
     return _save(figure, path)
 
@@ -70,7 +74,7 @@ def load_bars(counts: np.ndarray, layers: Sequence[int], num_groups: int, path: 
     Args:
         counts: (S, E) choices.
         layers: (S,) layer indices.
-        num_groups: Expert groups, whose bars are told apart by hatching.
+        num_groups: Expert groups, whose bars take turns in shade.
         path: The file to make.
 
     Returns:
@@ -78,9 +82,9 @@ def load_bars(counts: np.ndarray, layers: Sequence[int], num_groups: int, path: 
     """
     share_SE = np.asarray(counts) / np.sum(counts, axis=1, keepdims=True)
     num_experts = share_SE.shape[1]
-    columns = min(len(layers), 3)
-    rows = -(-len(layers) // columns)
-    figure = _figure(width=max(0.36 * num_experts + 1, 2.6) * columns + 0.6, height=2.3 * rows + 0.7)
+    panel = max(0.36 * num_experts + 1, 2.6)
+    columns, rows = _grid(len(layers), panel)
+    figure = _figure(width=panel * columns + 0.6, height=2.3 * rows + 0.7)
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axis, layer, share_E in zip(axes, layers, share_SE, strict=False):
         for expert, value in enumerate(share_E):
@@ -124,12 +128,12 @@ def matrix_heatmaps(
     Returns:
         `path`.
     """
-    across = min(len(matrices), 3)
-    down = -(-len(matrices) // across)
     tall = 0.09 * max(map(len, columns)) + 0.2 if max(map(len, columns)) > 3 else 0.3
     wide = 0.085 * max(map(len, rows))
+    panel = 0.44 * len(columns) + wide + 0.5
+    across, down = _grid(len(matrices), panel)
     figure = _figure(
-        width=max((0.44 * len(columns) + wide + 0.5) * across + 1.2, 4.5),
+        width=max(panel * across + 1.2, 4.5),
         height=(0.34 * len(rows) + tall + 0.5) * down + 0.7,
     )
     axes = figure.subplots(down, across, squeeze=False).flatten()
@@ -355,6 +359,12 @@ def training_curves(log_history: list[dict], path: str | os.PathLike) -> Path:
     for axis in axes[len(drawn) :]:
         axis.set_visible(False)
     return _save(figure, path)
+
+
+def _grid(count: int, width: float) -> tuple[int, int]:
+    """Columns and rows for `count` panels of `width` inches, so that the picture stays readable on a page."""
+    across = min(count, 3, max(int(MAX_WIDTH / width), 1))
+    return across, -(-count // across)
 
 
 def _heatmap(axis: "Axes", matrix: np.ndarray, spec: str, low: float, high: float):

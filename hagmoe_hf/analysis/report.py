@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import sentence
-from ..evaluation.runner import write_text
+from ..files import write_text
 from . import plots, stats
 from .probes import expert_outputs, importance, token_views
 from .summary import KINDS, Summary, findings, sample_rows, summarize, text_groups, text_map
@@ -432,4 +432,6 @@ def _vocabulary_table(summary: Summary) -> str:
                     "  ".join(f"{token} {share:.0%}" for token, share in pairs),
                 ]
             )
-    return _table(("", "its own tokens, and the share of them that it takes"), rows, "Vocabulary of each expert", words=True)
+    even = f"(even: {1 / summary['num_experts']:.0%})"
+    head = ("", f"its own tokens, and the share of them that it takes {even}")
+    return _table(head, rows, "Vocabulary of each expert", words=True)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .. import sentence
 from ..evaluation.models import fingerprint
+from ..files import write_text
 from ..modeling_hagmoe import HagMoeModel, HagMoeModelOutput
 from .stats import LabelLoad, counts_per_label, counts_per_text
 from .texts import Texts, label_ids
@@ -286,7 +287,5 @@ class _Arrays:
         for file in self._files.values():
             file.flush()
         meta = {"about": self.about, "done": self.done, "rows": self._rows}
-        partial = self.folder / f".{META}.partial"
-        partial.write_text(json.dumps(meta) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / META)
+        write_text(self.folder / META, json.dumps(meta) + "\n")
         self._since_saved = 0

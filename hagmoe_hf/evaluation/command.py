@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import write_text
 from . import models as models_room
 from .compare import compare
 from .kit import SHIPPED, KitSet, find_sets, kit_fingerprint
 from .metrics import EmbeddingStatistics, embedding_statistics
 from .models import Candidate
 from .report import ModelReport, Report
-from .runner import score_models, write_text
+from .runner import score_models
 from .tasks import hub_tasks, local_task
 
 PACKAGES = ("hagmoe_hf", "mteb", "sentence-transformers", "transformers", "torch", "numpy", "scikit-learn", "scipy")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import write_text
 from .compare import Comparison, Difference
 from .metrics import EmbeddingStatistics
-from .runner import TaskScore, write_text
+from .runner import TaskScore
 from .tasks import display_name
 
 if TYPE_CHECKING:

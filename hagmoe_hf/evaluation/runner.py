@@ -7,7 +7,6 @@ loses the task that it was in, and the same command goes on from there.
 import copy
 import dataclasses
 import json
-import os
 import tempfile
 import warnings
 from collections import defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..files import write_text
 from ..version import __version__
 from .items import Items, items_of
 from .models import Candidate
@@ -102,14 +102,6 @@ def score_models(
 def applies(candidate: Candidate, task: AbsTask) -> bool:
     """Whether a model can run a task: BM25 ranks documents for queries, and can do nothing else."""
     return candidate.encoder is not None or isinstance(task, AbsTaskRetrieval)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _score_once(candidate: Candidate, task: AbsTask, output: Path, batch_size: int) -> TaskScore:
