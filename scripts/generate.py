@@ -17,8 +17,8 @@ import hagmoe_hf  # noqa: F401  registers the architecture
 
 
 @torch.inference_mode()
-def fill(model, tokenizer, text: str, steps: int) -> Iterator[str]:
-    """The text after each round, with more of its blanks filled.
+def fill(model, tokenizer, text: str, steps: int) -> Iterator[list[int]]:
+    """The text's token ids after each round, with more of its blanks filled.
 
     Args:
         model: A masked language model.
@@ -47,7 +47,7 @@ def fill(model, tokenizer, text: str, steps: int) -> Iterator[str]:
         left = blanks * (steps - step - 1) // steps
         chosen = sureness.argsort(descending=True)[: max(len(open_now) - left, 1)]
         ids[open_now[chosen]] = best[chosen]
-        yield tokenizer.decode(ids, skip_special_tokens=False)
+        yield ids.tolist()
 
 
 def main() -> None:
@@ -58,8 +58,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     model = AutoModelForMaskedLM.from_pretrained(args.model).eval()
-    for text in fill(model, AutoTokenizer.from_pretrained(args.model), args.text, args.steps):
-        print(text)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    for ids in fill(model, tokenizer, args.text, args.steps):
+        print(tokenizer.decode(ids))
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ def peak_activations(model: nn.Module, length: int) -> int:
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(input_ids=ids)
     held = most = 0
-    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
-        if event.name == "[memory]":
-            held += event.cpu_memory_usage
-            most = max(most, held)
+    # Each allocation and release, in time: the profiler's public events leave them out
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        held += record.nbytes()
+        most = max(most, held)
     return most
 
 

@@ -18,6 +18,7 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from hagmoe_hf.analysis.trace import record
 from hagmoe_hf.demo import parent_folder, read_corpus
 from hagmoe_hf.files import write_text
 
-BLOCK_TOKENS = 50_000
+BLOCK_TOKENS = 20_000
 
 
 def main() -> None:
@@ -56,11 +57,11 @@ def main() -> None:
     record(model, Texts(tuple(blocks[0][:64])))
     model.encode(blocks[0][:64])
     seconds: dict[str, list[float]] = {"encode": [], "record": []}
-    recorded, difference, size = 0, 0.0, 0
+    recorded, difference = 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         for number, block in enumerate(tqdm(blocks, unit="block")):
             texts = Texts(tuple(block))
-            results = {}
+            results: dict[str, Any] = {}
             for kind in ("encode", "record") if number % 2 else ("record", "encode"):
                 start = time.perf_counter()
                 results[kind] = model.encode(block) if kind == "encode" else record(model, texts, f"{folder}/{number}")
@@ -69,16 +70,24 @@ def main() -> None:
             recorded += len(trace.token_id)
             order = np.argsort([-len(text) for text in block], kind="stable")
             difference = max(difference, float(np.abs(trace.vector - results["encode"][order]).max()))
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.bin"))
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*.bin"))
+            # After each block: on a busy machine a part is worth more than nothing, and says how much it is
+            result = summary(seconds, recorded, difference, size)
+            result = {"command": f"python scripts/trace_speed.py {args.output} --tokens {args.tokens}", **result}
+            write_text(args.output, json.dumps(result, indent=1) + "\n")
+    print(args.output.read_text(encoding="utf-8"))
+
+
+def summary(seconds: dict[str, list[float]], recorded: int, difference: float, size: int) -> dict:
+    """What the blocks so far show, from seconds per block, tokens, largest difference of vectors, and bytes on disk."""
     ratios = [one / other for one, other in zip(seconds["encode"], seconds["record"], strict=True)]
-    result = {
-        "command": f"python scripts/trace_speed.py {args.output} --tokens {args.tokens}",
+    return {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "load_average_at_the_end": os.getloadavg(),
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+        "load_average": os.getloadavg(),
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "tokens": recorded,
-        "blocks": len(blocks),
+        "blocks": len(ratios),
         "encode_tokens_per_second": recorded / sum(seconds["encode"]),
         "record_tokens_per_second": recorded / sum(seconds["record"]),
         "throughput_over_encode": sum(seconds["encode"]) / sum(seconds["record"]),
@@ -88,8 +97,6 @@ def main() -> None:
         "peak_memory_of_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "seconds": seconds,
     }
-    write_text(args.output, json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "seconds"}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Scripts that compute something of their own."""
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -51,14 +52,12 @@ def test_blanks_are_filled_the_surest_first_and_words_stay(tiny_parent):
     model = spread(HagMoeForMaskedLM(tiny_config(vocab_size=len(tokenizer))))
     mask = tokenizer.mask_token
     text = f"the file {mask} of a {mask} is {mask} {mask}"
-    rounds = list(script("generate").fill(model, tokenizer, text, steps=4))
-    blanks = [one.count(mask) for one in rounds]
-    assert blanks == [3, 2, 1, 0]
-    before = tokenizer(text)["input_ids"]
-    for one in rounds:
-        after = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(one))
-        if len(after) == len(before):
-            assert all(a == b for a, b in zip(before, after, strict=True) if b != tokenizer.mask_token_id)
+    rounds = [tokenizer(text)["input_ids"], *script("generate").fill(model, tokenizer, text, steps=4)]
+    blanks = [ids.count(tokenizer.mask_token_id) for ids in rounds]
+    assert blanks == [4, 3, 2, 1, 0]
+    for before, after in itertools.pairwise(rounds):
+        assert all(a == b for a, b in zip(before, after, strict=True) if a != tokenizer.mask_token_id)
+    assert not set(rounds[-1][1:-1]) & set(tokenizer.all_special_ids)
     assert len(list(script("generate").fill(model, tokenizer, text, steps=1))) == 1
     with pytest.raises(ValueError, match="0 blanks and steps=2"):
         list(script("generate").fill(model, tokenizer, "no blank", steps=2))
