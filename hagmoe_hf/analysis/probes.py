@@ -103,7 +103,7 @@ def expert_outputs(
     encoder = sparse_encoder(model)
     blocks = [block for _, block in sparse_blocks(encoder)]
     inputs: list[torch.Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda block, given: inputs.append(given[0])) for block in blocks]
+    hooks = [block.register_forward_pre_hook(partial(_see_states, inputs)) for block in blocks]
     try:
         batch = model.tokenizer(
             texts, padding=True, truncation=True, max_length=model.max_seq_length, return_tensors="pt"
@@ -112,16 +112,21 @@ def expert_outputs(
     finally:
         for hook in hooks:
             hook.remove()
-    real = batch["attention_mask"].flatten().nonzero().flatten()
-    chosen = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:max_tokens].to(real.device)]
+    chosen = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))[:max_tokens].to(inputs[0].device)
     outputs = []
     for block, states in zip(blocks, inputs, strict=True):
-        states_TD = states.flatten(0, 1)[chosen]
+        states_TD = states[chosen]
         weight = torch.ones(len(chosen), 1, dtype=states.dtype, device=states.device)
         index = torch.zeros(len(chosen), 1, dtype=torch.long, device=states.device)
         experts = [block.experts(states_TD, index + expert, weight) for expert in range(encoder.config.num_experts)]
         outputs.append(torch.stack(experts).float().cpu().numpy())
     return outputs
+
+
+def _see_states(seen: list[torch.Tensor], block: HagMoeSparseMLP, inputs: tuple) -> None:
+    """Before a sparse block's forward pass: the (T, D) states of its real tokens; the model may have left padding out."""
+    states, token_mask = inputs[:2]
+    seen.append(states.flatten(0, 1) if token_mask is None else states[token_mask])
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +24,8 @@ from tqdm.auto import tqdm
 from .. import sentence
 from ..evaluation.models import fingerprint
 from ..files import write_text
-from ..modeling_hagmoe import HagMoeModel, HagMoeModelOutput
+from ..modeling_hagmoe import HagMoeModel, HagMoeSparseMLP
+from ..routing_hagmoe import Routing
 from .stats import LabelLoad, counts_per_label, counts_per_text
 from .texts import Texts, label_ids
 
@@ -141,6 +144,7 @@ def record(
     model.eval()
     with (
         _Arrays(Path(folder), about, shapes, _dtypes(config.num_experts)) as arrays,
+        _routings_of(encoder) as routings,
         tqdm(total=count, initial=arrays.done, desc="Tracing", unit=" texts", disable=not show_progress_bar) as bar,
     ):
         while arrays.done < count:
@@ -149,9 +153,9 @@ def record(
             features = {
                 name: value.to(encoder.device) if torch.is_tensor(value) else value for name, value in features.items()
             }
-            output = encoder(**features, output_router_logits=True, output_expert_index=True)
-            vectors = _vectors(model, features, output)
-            arrays.append(len(batch), _rows(features, output, vectors, config.num_experts))
+            vectors = model(dict(features))["sentence_embedding"]
+            arrays.append(len(batch), _rows(features, routings, vectors, config.num_experts))
+            routings.clear()
             bar.update(len(batch))
     mapped_arrays = arrays.read()
     text_start = np.concatenate([[0], np.cumsum(mapped_arrays.pop("length"), dtype=np.int64)])
@@ -182,29 +186,42 @@ def sparse_encoder(model: "SentenceTransformer") -> HagMoeModel:
     return cast(HagMoeModel, base)
 
 
-def _vectors(model: "SentenceTransformer", features: dict[str, Any], output: HagMoeModelOutput) -> Tensor:
-    """What the modules after the encoder make of its output: (texts, D)."""
-    features = {**features, "token_embeddings": output.last_hidden_state}
-    for module in list(model)[1:]:
-        features = module(features)
-    return features["sentence_embedding"]
+@contextmanager
+def _routings_of(encoder: HagMoeModel) -> Iterator[list[Routing]]:
+    """A list that receives what every router decides, layer by layer.
+
+    Not `output_router_logits`: asked for outputs of (B*L) rows, the model would have to compute its padding, too.
+    """
+    routings: list[Routing] = []
+
+    def keep(router, inputs, routing: Routing) -> None:
+        routings.append(routing)
+
+    blocks = [cast(HagMoeSparseMLP, encoder.layers[layer].mlp) for layer in encoder.config.sparse_layers]
+    hooks = [block.router.register_forward_hook(keep) for block in blocks]
+    try:
+        yield routings
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _rows(features: dict[str, Any], output: HagMoeModelOutput, vectors: Tensor, num_experts: int) -> dict[str, np.ndarray]:
-    """One batch as rows of the trace's arrays; padding is left out."""
-    token_ids = features["input_ids"]
+def _rows(features: dict[str, Any], routings: list[Routing], vectors: Tensor, num_experts: int) -> dict[str, np.ndarray]:
+    """One batch as rows of the trace's arrays; padding, if a router saw any, is left out."""
+    token_ids = features["input_ids"].flatten()
     mask = features.get("attention_mask")
     if mask is None:  # packed: one row, no padding
-        real, lengths = torch.ones_like(token_ids, dtype=torch.bool).flatten(), features["cu_seq_lens_q"].diff().long()
+        lengths = features["cu_seq_lens_q"].diff().long()
     else:
-        real, lengths = mask.flatten() != 0, (mask != 0).sum(dim=1)
-    index_TSK = torch.stack(cast(tuple, output.expert_index), dim=1)[real]
-    probs_TSE = torch.stack(cast(tuple, output.router_logits), dim=1)[real].exp()
+        token_ids, lengths = token_ids[mask.flatten() != 0], (mask != 0).sum(dim=1)
+    real = routings[0].expert_index[:, 0] < num_experts
+    index_TSK = torch.stack([routing.expert_index[real] for routing in routings], dim=1)
+    probs_TSE = torch.stack([routing.router_logits[real] for routing in routings], dim=1).exp()
     text_T = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     sums_NSE = probs_TSE.new_zeros(len(lengths), *probs_TSE.shape[1:]).index_add(0, text_T, probs_TSE)
     tensors = {
         "length": lengths,
-        "token_id": token_ids.flatten()[real],
+        "token_id": token_ids,
         "expert_index": index_TSK,
         "expert_probability": probs_TSE.gather(-1, index_TSK),
         "mean_probability": sums_NSE / lengths.clamp(min=1)[:, None, None],
