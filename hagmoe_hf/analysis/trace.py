@@ -1,7 +1,7 @@
 """Run texts through a model and record where their tokens went.
 
-A trace is a folder of flat arrays, written as the texts go by and mapped into memory when read: a million tokens of a
-model with two sparse layers take about 15 MB. A killed run goes on with the batch that it was in.
+A trace is a folder of flat arrays, written as the texts go by and mapped into memory when read: ten bytes per token with two
+sparse layers, and a vector per text. A killed run goes on with the batch that it was in.
 
 Axes:  N texts   T tokens   S sparse layers   K experts per token   E experts   D width of a vector
 """
