@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from . import stats
-from .stats import Information
 from .texts import label_ids
 from .trace import Trace, label_load
 
@@ -33,8 +32,9 @@ def summarize(trace: Trace, tokens: dict[int, str] | None = None, *, seed: int =
         seed: Of shuffles and samples.
 
     Returns:
-        JSON values: `model`, `load`, `information`, `divergence`, `consistency`, `coactivation`, `vocabulary`, `pairs`,
-        `neighbours`, and `missing`: what could not be said, and why.
+        JSON values: for each of `layers` its `load`, `information`, `consistency`, `pairs` and `vocabulary`; for each kind
+        of `labels` counts, specialization, divergence and similarity; `coactivation`, `neighbours`; and `missing`: what
+        could not be said, and why.
     """
     labels = {"domain": trace.texts.domains, "language": trace.texts.languages}
     missing = {kind: reason for kind in KINDS if (reason := _why_not(kind, labels[kind], len(trace.texts.texts)))}
@@ -359,6 +359,3 @@ def _range(values: Sequence[float], spec: str) -> str:
 
 def _mean_off_diagonal(matrix: np.ndarray) -> float:
     return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
-
-
-__all__ = ["Information", "findings", "routing_features", "sample_rows", "summarize", "text_groups", "text_map"]
