@@ -1,4 +1,4 @@
-"""Fill the README's tables from the committed result files, so that no figure is typed by hand.
+"""Fill the tables of the README and of docs/analysis.md from committed result files, so that no figure is typed by hand.
 
     python scripts/fill_readme_tables.py
 
@@ -88,7 +88,77 @@ def speed() -> str:
     return tables.split("\n\n")[0] + "\n\n" + head
 
 
-TABLES: dict[str, Callable[[], str]] = {"exactness": exactness, "gpu": gpu, "gpu_speed": gpu_speed, "speed": speed}
+def specialization() -> str:
+    """What each expert knows of the domain before and after a short training."""
+    result = json.loads((RESULTS / "specialization.json").read_text(encoding="utf-8"))
+    head = "| mixture | layer | I(expert; domain), bits | with shuffled labels: mean, largest | effective experts | "
+    rows = [head + "query and positive in one group, and negative |", "|---|---|---|---|---|---|"]
+    for name in ("fresh", "trained"):
+        for layer in result[name]["layers"]:
+            one, pairs = layer["information"]["expert;domain"], layer["pairs"]
+            cells = [
+                f"{one['bits']:.3f}",
+                f"{one['baseline']:.3f}, {one['highest']:.3f}",
+                f"{layer['load']['effective_experts']:.1f} of 8",
+                f"{pairs['with_positive']:.0%}, {pairs['with_negatives']:.0%}",
+            ]
+            rows.append(f"| {name} | {layer['layer']} | {' | '.join(cells)} |")
+    training = result["training"]
+    rows.append(
+        f"\n{training['max_steps']} steps of {training['per_device_train_batch_size']} pairs from 15 domains; "
+        f"{result['trained']['texts']} unseen texts; {result['date']}; `{result['command']}`"
+    )
+    return "\n".join(rows)
+
+
+def planted() -> str:
+    """Whether the statistics see a router that was forced to separate languages."""
+    result = json.loads((RESULTS / "planted-languages.json").read_text(encoding="utf-8"))
+    rows = ["| statistic, smallest over layers | fresh router | planted router | if perfect |", "|---|---|---|---|"]
+
+    def row(name: str, value: Callable[[dict], float], perfect: float) -> str:
+        cells = [f"{min(map(value, result[kind]['layers'])):.2f}" for kind in ("fresh", "planted")]
+        return f"| {name} | {cells[0]} | {cells[1]} | {perfect:.2f} |"
+
+    label_entropy = result["planted"]["layers"][0]["I(group;language)"]["label_entropy"]
+    pairs, tokens = "same group: pairs of one language, others", "two tokens share an expert: of one text, of any"
+    divergence = "smallest divergence of two languages"
+    rows.append(row("I(group; language), bits", lambda layer: layer["I(group;language)"]["bits"], label_entropy))
+    rows.append(row("I(expert; language), bits", lambda layer: layer["I(expert;language)"]["bits"], label_entropy))
+    rows.append(row("I(group; random label), bits", lambda layer: layer["I(group;random label)"]["bits"], 0))
+    rows.append(row("Jensen-Shannon divergence of the two nearest languages", lambda layer: layer[divergence], 1))
+    rows.append(row("pairs of one language in one group", lambda layer: layer[pairs][0], 1))
+    rows.append(
+        row("two tokens of a text share an expert, beyond any two", lambda layer: layer[tokens][0] - layer[tokens][1], 1)
+    )
+    purity = [f"{result[kind]['neighbours']['language']['by_routing']:.2f}" for kind in ("fresh", "planted")]
+    rows.append(f"| nearest text by routing alone has the same language | {purity[0]} | {purity[1]} | 1.00 |")
+    rows.append(f"\n{result['texts']} texts in 3 languages; {result['date']}; `{result['command']}`")
+    return "\n".join(rows)
+
+
+def trace_speed() -> str:
+    """What recording costs."""
+    result = json.loads((RESULTS / "trace-speed.json").read_text(encoding="utf-8"))
+    by_block = result["throughput_over_encode_by_block"]
+    return (
+        f"{result['tokens']:,} tokens recorded at {result['throughput_over_encode']:.2f}x the throughput of plain `encode` "
+        f"(median of {result['blocks']} blocks {by_block['median']:.2f}x, smallest {by_block['smallest']:.2f}x), in "
+        f"{result['trace_bytes_per_token']:.0f} bytes per token, vectors included; {result['machine']}; {result['date']}; "
+        f"`{result['command']}`"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "exactness": exactness,
+    "gpu": gpu,
+    "gpu_speed": gpu_speed,
+    "planted": planted,
+    "specialization": specialization,
+    "speed": speed,
+    "trace_speed": trace_speed,
+}
+FILES = (README, ROOT / "docs/analysis.md")
 
 
 def filled(text: str) -> str:
@@ -102,4 +172,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in FILES:
+        file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")

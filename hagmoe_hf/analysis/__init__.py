@@ -1,1 +1,7 @@
-"""Looking inside a HAG-MoE: trace runs texts and records routing, plots draw what was recorded."""
+"""Looking inside a HAG-MoE: what did each expert learn? `hagmoe analyze` makes a page of it.
+
+texts    what to look at: read files, with domain and language where known
+trace    run texts, record routing on disk           probes   what routing alone does not show: gates, outputs, masking
+stats    every formula, NumPy only                   summary  from a trace to all numbers, and to findings in words
+plots    pictures of recorded numbers                report   the whole way, and the page
+"""

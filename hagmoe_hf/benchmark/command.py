@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo import read_corpus
+from ..files import write_text
 from . import workloads
 from .contestants import Contestant, line_up
 from .measure import machine
@@ -78,8 +79,8 @@ def benchmark(
     for name, task in tasks.items():
         if name not in report["workloads"]:
             report["workloads"][name] = task()
-            _write(path, json.dumps(report, indent=1) + "\n")
-    _write(output / "benchmark.md", markdown(report))
+            write_text(path, json.dumps(report, indent=1) + "\n")
+    write_text(output / "benchmark.md", markdown(report))
     plot(report, output / "benchmark.png")
     return report
 
@@ -108,12 +109,6 @@ def _earlier(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
     return report if all(report.get(key) == json.loads(json.dumps(value)) for key, value in header.items()) else None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 __all__ = ["benchmark", "profile_mixture"]

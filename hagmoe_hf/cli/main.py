@@ -16,6 +16,7 @@ from ..calibration import read_texts
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
+from .analyze import analyze
 from .benchmark import benchmark
 from .importing import import_nomic_moe_command
 from .push import push
@@ -109,6 +110,7 @@ def demo(
 
 
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
+app.command()(analyze)
 app.command()(benchmark)
 app.command()(push)
 app.command("import-nomic-moe")(import_nomic_moe_command)

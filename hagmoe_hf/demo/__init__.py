@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from .. import sentence
-from ..analysis.plots import domain_expert_heatmap
-from ..analysis.trace import DomainLoad, domain_load
+from ..analysis.plots import label_expert_heatmap
+from ..analysis.stats import LabelLoad
+from ..analysis.texts import Texts
+from ..analysis.trace import label_load, record
 from ..files import new_folder
 from ..upcycling import upcycle
 
@@ -86,9 +88,9 @@ def _run(folder: Path, output: Path, say: Callable[[str], None]) -> float:
 
     say("\n4. Where each domain's tokens went, in per cent")
     encoder = sentence.encoder_of(mixture)
-    load = domain_load(encoder, mixture.tokenizer, texts, domains, show_progress_bar=True)
+    load = label_load(record(mixture, Texts(tuple(texts), tuple(domains)), show_progress_bar=True), "domain")
     say(load_table(load))
-    domain_expert_heatmap(load, folder / "domains.png")
+    label_expert_heatmap(load, folder / "domains.png")
     say("The router is as new: it separates texts by chance, not by skill. Training teaches it.")
 
     say("\n5. Save, and reload with stock classes")
@@ -119,15 +121,15 @@ def search(
     ]
 
 
-def load_table(load: DomainLoad) -> str:
+def load_table(load: LabelLoad) -> str:
     """A text table: one block per sparse layer, one line per domain, one column per expert."""
-    width = max(map(len, load.domains))
+    width = max(map(len, load.labels))
     lines = []
     for layer, share_SE in zip(load.layers, load.share, strict=True):
         lines.append(
             f"  layer {layer}".ljust(width + 4) + "".join(f"{f'e{expert}':>5}" for expert in range(share_SE.shape[1]))
         )
-        for domain, share_E in zip(load.domains, share_SE, strict=True):
+        for domain, share_E in zip(load.labels, share_SE, strict=True):
             lines.append(f"    {domain:<{width}}" + "".join(f"{100 * value:>5.0f}" for value in share_E))
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ def load_rows(
     kept: Columns = {name: [] for name in wanted}
     read = 0
     for source in sources:
-        columns, broken = _read(source, wanted, split)
+        columns, broken = read_columns(source, wanted, split=split)
         skipped.update(broken)
         for row in zip(*(columns[name] for name in wanted), strict=True):
             values = dict(zip(wanted, row, strict=True))
@@ -140,33 +140,49 @@ def refuse_too_small(datasets: Mapping[str, Any], batch_size: int, drop_last: bo
 _ENDINGS = "files ending in " + ", ".join(SUFFIXES)
 
 
-def _read(source: str, wanted: Sequence[str], split: str) -> tuple[Columns, Counter[str]]:
-    """The wanted columns of one source, and how many of its rows could not even be parsed."""
+def read_columns(
+    source: str, wanted: Sequence[str], optional: Sequence[str] = (), *, split: str = "train"
+) -> tuple[Columns, Counter[str]]:
+    """Read columns of one source as they are, broken values included.
+
+    Args:
+        source: A file ending in .parquet, .jsonl or .csv, or a name or folder for `datasets.load_dataset`.
+        wanted: Columns that must be there.
+        optional: Columns to read where they are there.
+        split: The split of `datasets.load_dataset`.
+
+    Returns:
+        Column -> values, and why how many rows could not even be parsed.
+
+    Raises:
+        ValueError: A column is missing, or a file has an unknown ending.
+        OSError: The source cannot be read.
+    """
     path = Path(source)
     if path.suffix in SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"{source} is not there; allowed: an existing file.")
         if path.suffix == ".parquet":
-            present = pq.read_schema(path).names
-            _refuse_missing(source, wanted, present)
-            return _from_table(pq.read_table(path, columns=list(wanted))), Counter()
+            names = _chosen(source, wanted, optional, pq.read_schema(path).names)
+            return _from_table(pq.read_table(path, columns=names)), Counter()
         # Bytes that are not UTF-8 become lone surrogates, which `_clean` finds in the columns that matter
         text = path.read_bytes().decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
         records, broken = (_from_jsonl if path.suffix == ".jsonl" else _from_csv)(text)
-        _refuse_missing(source, wanted, {name: None for record in records for name in record})
-        return {name: [record.get(name) for record in records] for name in wanted}, broken
+        names = _chosen(source, wanted, optional, {name: None for record in records for name in record})
+        return {name: [record.get(name) for record in records] for name in names}, broken
     if path.is_file():
         raise ValueError(f"{source} has an unknown ending; allowed: {_ENDINGS}.")
     dataset = load_dataset(source, split=split)
-    _refuse_missing(source, wanted, dataset.column_names)
-    return _from_table(dataset.select_columns(list(wanted)).with_format("arrow")[:]), Counter()
+    names = _chosen(source, wanted, optional, dataset.column_names)
+    return _from_table(dataset.select_columns(names).with_format("arrow")[:]), Counter()
 
 
-def _refuse_missing(source: str, wanted: Sequence[str], present: Iterable[str]) -> None:
+def _chosen(source: str, wanted: Sequence[str], optional: Sequence[str], present: Iterable[str]) -> list[str]:
     present = list(present)
     missing = [name for name in wanted if name not in present]
     if missing:
         raise ValueError(f"{source} has no column {missing[0]!r}; allowed: its columns {present}.")
+    return [*wanted, *(name for name in optional if name in present and name not in wanted)]
 
 
 def _from_table(table: pa.Table) -> Columns:
@@ -213,7 +229,7 @@ def _clean(
             return f"{name} is empty"
         if not isinstance(text, str):
             return f"{name} is not a text"
-        if not _is_utf8(text):
+        if not is_utf8(text):
             return f"{name} is not UTF-8"
     if label_column is not None:
         try:
@@ -226,7 +242,8 @@ def _clean(
     return None
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: bytes that were none have become lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,0 +1,79 @@
+"""Scripts that compute something of their own."""
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import spread, tiny_config
+from transformers import AutoTokenizer, BertModel
+
+from hagmoe_hf.modeling_hagmoe import HagMoeForMaskedLM, HagMoeModel
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_script_hides_a_module_of_python():
+    """Python looks beside a script first: a profile.py there breaks torch.compile in every other script."""
+    assert not {path.stem for path in SCRIPTS.glob("*.py")} & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("options", [{}, {"num_experts_per_tok": 2}, {"mlp_layer_types": ["sparse"] * 3}])
+def test_the_layers_costs_add_up_to_the_models(options):
+    config = tiny_config(**options)
+    rows = script("profile_layers").layer_costs(HagMoeModel(config), length=16)
+    counts = config.parameter_counts()
+    assert sum(row[1] for row in rows) == counts.total
+    assert sum(row[2] for row in rows) == counts.active
+    assert rows[0][3] == 0, "a lookup is no product"
+    with pytest.raises(ValueError, match="BertModel is no HAG-MoE"):
+        script("profile_layers").layer_costs(BertModel._from_config(BertModel.config_class(num_hidden_layers=1)), 16)
+
+
+def test_longer_texts_need_more_memory():
+    model = HagMoeModel(tiny_config()).eval()
+    profile = script("profile_layers")
+    assert 0 < profile.peak_activations(model, 8) < profile.peak_activations(model, 64)
+
+
+def test_blanks_are_filled_the_surest_first_and_words_stay(tiny_parent):
+    """What was filled must not change again, and what was written never."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_parent)
+    torch.manual_seed(0)
+    model = spread(HagMoeForMaskedLM(tiny_config(vocab_size=len(tokenizer))))
+    mask = tokenizer.mask_token
+    text = f"the file {mask} of a {mask} is {mask} {mask}"
+    rounds = [tokenizer(text)["input_ids"], *script("generate").fill(model, tokenizer, text, steps=4)]
+    blanks = [ids.count(tokenizer.mask_token_id) for ids in rounds]
+    assert blanks == [4, 3, 2, 1, 0]
+    for before, after in itertools.pairwise(rounds):
+        assert all(a == b for a, b in zip(before, after, strict=True) if a != tokenizer.mask_token_id)
+    assert not set(rounds[-1][1:-1]) & set(tokenizer.all_special_ids)
+    assert len(list(script("generate").fill(model, tokenizer, text, steps=1))) == 1
+    with pytest.raises(ValueError, match="0 blanks and steps=2"):
+        list(script("generate").fill(model, tokenizer, "no blank", steps=2))
+
+
+def test_analyze_experts_is_the_command(tmp_path, monkeypatch):
+    module = script("analyze_experts")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a"}\n{"text": "b"}\n')
+    calls = []
+    monkeypatch.setattr(module, "analyze", lambda model, texts, **options: calls.append((model, texts.texts, options)))
+    monkeypatch.setattr(
+        sys, "argv", ["analyze_experts.py", "MODEL", str(texts), "--output", "out", "--checkpoints", "a", "b"]
+    )
+    module.main()
+    ((model, given, options),) = calls
+    assert (model, given) == ("MODEL", ("a", "b"))
+    assert options["output"] == "out"
+    assert options["checkpoints"] == ["a", "b"]
