@@ -53,22 +53,33 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> Path:
         raise ImportError("Plots need matplotlib: pip install hagmoe_hf[plots]") from error
     results = timed(report)
     names = report["contestants"][::-1]
-    figure = Figure(figsize=(3.0 * len(results) + 3, 0.42 * len(names) + 1.6), layout="constrained")
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axis, (workload, result) in zip(axes, results.items(), strict=True):
+    columns = min(len(results), 4)
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(2.6 * columns + 3, rows * (0.36 * len(names) + 0.9)), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axis, (workload, result) in zip(axes, results.items(), strict=False):
         for row, name in enumerate(names):
             ratio = result["speed against the parent"].get(name)
             if ratio is None:
                 continue
             median, low, high = ratio["median"], ratio["lower quartile"], ratio["upper quartile"]
-            colour = "#1b6ca8" if name == "mixture" else "#9aa5b1"
-            axis.barh(row, median, color=colour, xerr=[[median - low], [high - median]], ecolor="#333333", capsize=3)
-            axis.text(high + 0.02, row, f" {median:.2f}", va="center", fontsize=8)
+            dark = name == "mixture"
+            axis.barh(
+                row,
+                median,
+                color="#1b6ca8" if dark else "#b8c0c8",
+                xerr=[[median - low], [high - median]],
+                ecolor="#222222",
+                capsize=3,
+            )
+            axis.text(0.04, row, f"{median:.2f}", va="center", fontsize=8, color="w" if dark else "k")
         axis.axvline(1.0, color="k", linestyle="--", linewidth=1)
         axis.set_title(workload, fontsize=9)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.15)
+        axis.set_xlim(left=0)
+    for axis in axes[len(results) :]:
+        axis.set_visible(False)
     figure.supxlabel("times as fast as the parent", fontsize=9)
     path = Path(path)
     figure.savefig(path, dpi=120)
