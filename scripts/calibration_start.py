@@ -4,7 +4,7 @@
 
 The packaged all-MiniLM-L6-v2 is upcycled with and without calibration on every second text of the bundled corpus; the others
 are looked at. Reported by sparse layer: tokens of the most loaded group (or expert) over the mean one's, and the information
-in nats that a token's group (its expert, in a flat router) has about its domain.
+in bits that a token's group (its expert, in a flat router) has about its domain.
 """
 
 import argparse
@@ -13,29 +13,27 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from hagmoe_hf import sentence, upcycle
-from hagmoe_hf.analysis.trace import DomainLoad, domain_load
+from hagmoe_hf.analysis import stats
+from hagmoe_hf.analysis.stats import LabelLoad
+from hagmoe_hf.analysis.texts import Texts
+from hagmoe_hf.analysis.trace import label_load, record
 from hagmoe_hf.demo import parent_folder, read_corpus
 from hagmoe_hf.files import write_text
 
 WAYS = {"default": {}, "flat token router": {"n_group": 1}, "sequence router": {"n_group": 8}}
 
 
-def figures(load: DomainLoad) -> list[dict[str, float]]:
+def figures(load: LabelLoad) -> list[dict[str, float]]:
     """One entry for each sparse layer."""
     rows = []
     for layer, counts_SE in zip(load.layers, load.counts, strict=True):
-        by_group = counts_SE.reshape(len(counts_SE), load.num_groups, -1).sum(-1)
-        counts_SG = counts_SE if load.num_groups == 1 else by_group
-        joint = counts_SG / counts_SG.sum()
-        independent = joint.sum(0, keepdims=True) * joint.sum(1, keepdims=True)
-        logs = np.log(np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0))
+        counts_SG = counts_SE if load.num_groups == 1 else stats.group_counts(counts_SE, load.num_groups)
         loads = {"largest_group": counts_SG.sum(0), "largest_expert": counts_SE.sum(0)}
-        row = {name: round(float(load_C.max() / load_C.mean()), 3) for name, load_C in loads.items()}
-        rows.append({"layer": layer, **row, "information": round(float((joint * logs).sum()), 3)})
+        row = {name: round(1 + float(stats.max_violation(load_C)), 3) for name, load_C in loads.items()}
+        rows.append({"layer": layer, **row, "information": round(stats.mutual_information(counts_SG), 3)})
     return rows
 
 
@@ -56,7 +54,8 @@ def main() -> None:
     for way, options in tqdm(WAYS.items()):
         for start, calibration_texts in (("random gates", None), ("gates from texts", texts[::2])):
             model = upcycle(parent, calibration_texts=calibration_texts, **options)
-            load = domain_load(sentence.encoder_of(model), model.tokenizer, texts[1::2], domains[1::2])
+            seen = Texts(tuple(texts[1::2]), tuple(domains[1::2]))
+            load = label_load(record(model, seen), "domain")
             result["ways"].setdefault(way, {})[start] = figures(load)
     write_text(output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -143,6 +143,7 @@ def test_the_fingerprint_is_of_the_model_and_not_of_its_folder(tiny_folders, tmp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from hagmoe_hf import files
 from hagmoe_hf.evaluation import models, runner
 from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.evaluation.tasks import local_task
@@ -153,7 +154,7 @@ def replace_or_die(source, target):
     if len(calls) == 3:  # the third score is written, but not under its name yet
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-runner.os.replace = replace_or_die
+files.os.replace = replace_or_die
 kit, model, output = sys.argv[1:]
 runner.score_models([models.load(model)], [local_task(s) for s in find_sets(kit)], Path(output))
 """

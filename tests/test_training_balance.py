@@ -348,12 +348,12 @@ def push_to_one_expert(model: nn.Module, strength: float = 4.0) -> None:
     texts, _ = read_corpus()
     batch = model.preprocess([text[:80] for text in texts[::10]])
     caught: dict[HagMoeRouter, torch.Tensor] = {}
-    hooks = [
-        block.router.register_forward_pre_hook(
-            lambda router, inputs: caught.__setitem__(router, inputs[0][inputs[1]].mean(0))
-        )
-        for block in blocks_of(model)
-    ]
+
+    def catch(router, inputs) -> None:
+        states, mask = inputs[:2]  # no mask where padding was left out
+        caught[router] = (states if mask is None else states[mask]).flatten(0, -2).mean(0)
+
+    hooks = [block.router.register_forward_pre_hook(catch) for block in blocks_of(model)]
     with torch.no_grad():
         model.eval()(batch)
         for hook in hooks:
@@ -422,7 +422,7 @@ def test_a_loop_without_trainer_is_balanced_as_by_the_trainer(tiny, tmp_path):
     tiny.train()
     callback.on_train_begin(None, TrainerState(), None, model=tiny, loss=loss)
     features = [tiny.preprocess(list(pairs(8)[column])) for column in ("anchor", "positive")]
-    loss([{name: value.clone() for name, value in part.items()} for part in features], None).backward()
+    loss([dict(part) for part in features], None).backward()
     callback.on_step_end(None, TrainerState(), None)
     callback.on_train_end(None, TrainerState(), None)
     for mine, other in zip(blocks_of(tiny), blocks_of(by_trainer), strict=True):
