@@ -15,6 +15,7 @@ from .. import demo as demo_room
 from ..files import new_folder
 from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
+from .export import export
 from .importing import import_nomic_moe_command
 from .push import push
 from .train import train
@@ -103,6 +104,7 @@ def demo(
 
 
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
+app.command()(export)
 app.command()(push)
 app.command("import-nomic-moe")(import_nomic_moe_command)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
