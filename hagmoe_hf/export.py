@@ -6,6 +6,7 @@ against torch, and the loader.
 Axes:  B texts   L tokens   D hidden_size   T = B*L   E experts   K experts per token
 """
 
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -216,7 +217,8 @@ class OnnxEncoder(nn.Module):
         digest = hashlib.sha256()
         for file in _files_of(path):
             digest.update(file.read_bytes())
-        self.config = type(config).from_dict({**config.to_dict(), "exported_sha256": digest.hexdigest()})
+        self.config = copy.deepcopy(config)
+        self.config.exported_sha256 = digest.hexdigest()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **features: Any) -> BaseModelOutput:
         """(B, L) int64 ids and mask -> token states (B, L, D) float32; features that the graph lacks are ignored."""

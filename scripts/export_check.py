@@ -5,7 +5,8 @@
 
 Upcycles all-MiniLM-L6-v2 and moves its experts apart (freshly upcycled ones are equal, so that a token sent to the wrong
 expert would not show), exports it in float32 and int8, and adds what was asked for to the JSON. TEXTS is a parquet file of
-pairs with a column `anchor` and one `positive`, or a text file with one text a line. The speed is measured in turns, A B A B, in one process.
+pairs with a column `anchor` and one `positive`, or a text file with one text a line. The speed is measured in turns,
+A B A B, in one process.
 """
 
 import argparse

@@ -14,7 +14,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers.exporters.quantizers")
 
-from hagmoe_hf import HagMoeModel, export as export_room
+from hagmoe_hf import HagMoeModel
+from hagmoe_hf import export as export_room
 from hagmoe_hf.cli.main import main
 from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, export, load, unrolled_experts_forward
 
@@ -94,8 +95,12 @@ def test_a_loaded_graph_encodes_like_its_mixture(exported, corpus):
     assert np.abs(load(folder, threads=1).encode(texts) - vectors).max() <= 1e-5
     int8 = load(folder, INT8_FILE, threads=1)
     assert not np.array_equal(int8.encode(texts), vectors)
-    assert (int8.encode(texts, normalize_embeddings=True) * mixture.encode(texts, normalize_embeddings=True)).sum(1).min() > 0.98
-    assert np.array_equal(SentenceTransformer(str(folder), device="cpu").encode(texts), vectors), "the torch model is there, too"
+    assert (int8.encode(texts, normalize_embeddings=True) * mixture.encode(texts, normalize_embeddings=True)).sum(
+        1
+    ).min() > 0.98
+    assert np.array_equal(SentenceTransformer(str(folder), device="cpu").encode(texts), vectors), (
+        "the torch model is there, too"
+    )
     assert json.loads((folder / "export_report.json").read_text())["int8_share"] > 0.95
 
 
