@@ -231,8 +231,10 @@ class OnnxEncoder(nn.Module):
 def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: bool) -> ExportReport:
     exporters, optimizer = _import("transformers.exporters"), _import("onnxscript.optimizer")
     exporter = exporters.OnnxExporter()
+    example = _example(batches)
+    settings = exporters.OnnxConfig(dynamic_shapes=_any_size(example), ort_fusions="cpu")
     with _traceable(encoder):
-        exported = exporter.export(encoder, _example(batches), exporters.OnnxConfig(dynamic=True, ort_fusions="cpu"))
+        exported = exporter.export(encoder, example, settings)
     program = exported.program
     # Slices and transposes of weights become weights, however large: only constants can be int8
     everything = 2**62
@@ -252,8 +254,9 @@ def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: b
 def _write_openvino(encoder: HagMoeModel, batches: list[dict], folder: Path) -> ExportReport:
     exporters = _import("transformers.exporters")
     exporter = exporters.OpenVINOExporter()
+    example = _example(batches)
     with _traceable(encoder):
-        exported = exporter.export(encoder, _example(batches), exporters.OpenVINOConfig(dynamic=True))
+        exported = exporter.export(encoder, example, exporters.OpenVINOConfig(dynamic_shapes=_any_size(example)))
     exporter.save_program(exported.program, folder / OPENVINO_FILE)
     checks = {OPENVINO_FILE: compare(encoder, exported, batches)}
     return ExportReport({OPENVINO_FILE: _megabytes(folder / OPENVINO_FILE)}, checks)
@@ -299,6 +302,11 @@ def _batches(mixture: "SentenceTransformer", texts: Sequence[str]) -> list[dict]
 def _example(batches: list[dict]) -> dict[str, Tensor]:
     """The batch to trace: neither of its sizes may be 1, which would stay fixed."""
     return dict(next(batch for batch in batches if min(batch["input_ids"].shape) > 1))
+
+
+def _any_size(example: dict[str, Tensor]) -> dict[str, dict]:
+    """Both axes (B, L) of every input may have any size."""
+    return {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in example}
 
 
 @torch.no_grad()
