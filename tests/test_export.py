@@ -1,0 +1,166 @@
+"""Exported graphs, and the SentenceTransformer around them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODES, SHAPES, TINY, spread, tiny_config
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("transformers.exporters.quantizers")
+
+from hagmoe_hf import HagMoeModel
+from hagmoe_hf import export as export_room
+from hagmoe_hf.cli.main import main
+from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, export, load, unrolled_experts_forward
+
+EXPORTED = {
+    "groups by sequence": {},
+    "two experts, normalized": MODES["two experts, normalized"],
+    "gated, rotary, no biases": SHAPES["modernbert"],
+}
+
+
+@pytest.fixture(scope="module")
+def make_mixture(tiny_parent, tmp_path_factory):
+    """Makes a SentenceTransformer around a tiny mixture whose experts all differ."""
+
+    def make(**changes) -> SentenceTransformer:
+        folder = tmp_path_factory.mktemp("mixture")
+        tokenizer = AutoTokenizer.from_pretrained(tiny_parent)
+        tokenizer.save_pretrained(folder)
+        config = tiny_config(vocab_size=len(tokenizer), mlp_layer_types=["dense", "sparse", "dense"], **changes)
+        spread(HagMoeModel(config), scale=0.2).save_pretrained(folder)
+        return SentenceTransformer(str(folder), device="cpu")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exported(make_mixture, corpus, tmp_path_factory):
+    """(mixture, folder, report) of an export with int8."""
+    mixture, folder = make_mixture(), tmp_path_factory.mktemp("exported") / "out"
+    return mixture, folder, export(mixture, folder, corpus[:60], int8=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unrolled_experts_are_the_experts(mode):
+    """They stand in for them in every graph."""
+    model = spread(HagMoeModel(tiny_config(**MODES[mode])))
+    experts = next(module for name, module in model.named_modules() if name.endswith(".experts"))
+    generator = torch.Generator().manual_seed(0)
+    top_k = model.config.num_experts_per_tok
+    states = torch.randn(9, TINY["hidden_size"], generator=generator)
+    index = torch.stack([torch.randperm(6, generator=generator)[:top_k] for _ in range(9)])  # experts 6 and 7 stay empty
+    weights = torch.full((9, top_k), 1 / top_k)
+    index[4], weights[4] = model.config.num_experts, 0.0  # padding
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = experts(states, index, weights)
+        assert torch.allclose(unrolled_experts_forward(experts, states, index, weights), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", EXPORTED)
+def test_a_float32_graph_equals_torch_on_other_batches_and_lengths(mode, make_mixture, corpus, tmp_path):
+    """One batch was traced; queries, padded batches and texts that leave experts empty come later."""
+    texts = [text[: 4 * (row % 15) + 4] for row, text in enumerate(corpus[:60])]
+    report = export(make_mixture(**EXPORTED[mode]), tmp_path / "out", texts)
+    check = report.checks[FLOAT_FILE]
+    assert check.largest_difference <= 1e-5
+    assert {batch for batch, _ in check.shapes} >= {1, 7, 32}
+    assert len({length for _, length in check.shapes}) > 3
+    assert check.fewest_experts < 8
+
+
+def test_the_experts_are_int8_and_the_gates_are_not(exported):
+    """Experts are most of the weights; a rounded gate would choose other experts."""
+    _, _, report = exported
+    shapes = [shape for _, shape in report.float_weights]
+    assert report.int8_share > 0.95
+    assert (8, TINY["hidden_size"]) in shapes, "expert gate"
+    assert (4, TINY["hidden_size"]) in shapes, "group gate"
+    assert report.checks[INT8_FILE].smallest_cosine > 0.98
+    assert report.checks[INT8_FILE].largest_difference > report.checks[FLOAT_FILE].largest_difference
+    assert report.megabytes[INT8_FILE] < report.megabytes[FLOAT_FILE]
+
+
+def test_a_loaded_graph_encodes_like_its_mixture(exported, corpus):
+    """It is what people deploy."""
+    mixture, folder, _ = exported
+    texts, vectors = corpus[:40], mixture.encode(corpus[:40])
+    assert np.abs(load(folder, threads=1).encode(texts) - vectors).max() <= 1e-5
+    int8 = load(folder, INT8_FILE, threads=1)
+    assert not np.array_equal(int8.encode(texts), vectors)
+    assert (int8.encode(texts, normalize_embeddings=True) * mixture.encode(texts, normalize_embeddings=True)).sum(
+        1
+    ).min() > 0.98
+    assert np.array_equal(SentenceTransformer(str(folder), device="cpu").encode(texts), vectors), (
+        "the torch model is there, too"
+    )
+    assert json.loads((folder / "export_report.json").read_text())["int8_share"] > 0.95
+
+
+def test_two_graphs_of_one_mixture_are_two_models_for_the_evaluation(exported):
+    """Otherwise int8 would get the scores of float32."""
+    pytest.importorskip("mteb")
+    from hagmoe_hf.evaluation.models import fingerprint
+
+    _, folder, _ = exported
+    assert fingerprint(load(folder)) != fingerprint(load(folder, INT8_FILE))
+
+
+def test_an_export_leaves_the_model_as_it_was(exported):
+    """It may go on training."""
+    mixture, _, _ = exported
+    encoder = mixture[0].model
+    assert encoder.get_experts_implementation() == "segmented_mm"
+    assert encoder.pooler is not None
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_a_graph_that_differs_is_refused_and_leaves_nothing(make_mixture, corpus, tmp_path, monkeypatch):
+    """A wrong graph on disk would be deployed."""
+    monkeypatch.setattr(export_room, "LARGEST_DIFFERENCE", -1.0)
+    with pytest.raises(ValueError, match=r"model.onnx differs from torch by .*; allowed: "):
+        export(make_mixture(), tmp_path / "out", corpus[:8])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": ["one"]}, "1 texts are too few"),
+        ({"format": "openvino", "int8": True}, "int8 with format='openvino' is not possible"),
+        ({"model": "parent"}, "The encoder is a BertModel; allowed: a HagMoeModel"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(options, message, tiny_parent, corpus, tmp_path, exported):
+    options = {"model": exported[0], "texts": corpus[:4], **options}
+    if options["model"] == "parent":
+        options["model"] = tiny_parent
+    with pytest.raises(ValueError, match=message):
+        export(out=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_graph_is_named(exported):
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx is no file"):
+        load(exported[1], "none.onnx")
+
+
+def test_the_command_exports_and_says_how_exact(exported, corpus, tmp_path, monkeypatch, capsys):
+    mixture, _, _ = exported
+    mixture.save_pretrained(str(tmp_path / "mixture"))
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(text.split()) for text in corpus[:20]), encoding="utf-8")
+    words = ["hagmoe", "export", tmp_path / "mixture", tmp_path / "out", "--verify", tmp_path / "texts.txt"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert "model.onnx: " in capsys.readouterr().out
+    assert (tmp_path / "out/onnx/model.onnx").is_file()
