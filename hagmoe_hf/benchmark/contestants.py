@@ -28,7 +28,7 @@ class Contestant:
         folder: A saved `SentenceTransformer`.
         experts: The experts implementation; the default one where None.
         as_stock: Whether the encoder computes padding and plain products, as stock encoders do.
-        file_name: An exported file in the folder, for ONNX Runtime.
+        file_name: An exported file in the folder's `onnx`, for ONNX Runtime.
     """
 
     name: str
@@ -40,7 +40,9 @@ class Contestant:
     def load(self) -> Any:
         """The `SentenceTransformer`, on CPU."""
         if self.file_name is not None:
-            return sentence.load(self.folder, device="cpu", backend="onnx", model_kwargs={"file_name": self.file_name})
+            from ..export import load
+
+            return load(self.folder, self.file_name, threads=torch.get_num_threads())
         options = {} if self.experts is None else {"experts_implementation": self.experts}
         return sentence.load(self.folder, device="cpu", model_kwargs=options)
 
@@ -98,7 +100,7 @@ def exported(file: Path) -> Contestant:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is no file; allowed: an exported model, FOLDER/onnx/FILE.onnx.")
-    return Contestant(f"mixture, ONNX Runtime ({file.stem})", str(file.parent.parent), file_name=f"onnx/{file.name}")
+    return Contestant(f"mixture, ONNX Runtime ({file.stem})", str(file.parent.parent), file_name=file.name)
 
 
 def nomic_design(parent: str) -> Any:
