@@ -9,8 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel, PreTrainedModel
+from sentence_transformers import SentenceTransformer, models
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 from hagmoe_hf import HagMoeConfig, upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
@@ -23,6 +23,8 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 # Every way of routing that the configuration knows
 MODES = {
@@ -124,6 +126,24 @@ def tiny_parent(tmp_path_factory, corpus) -> Path:
     BertModel(BertConfig(**{**TINY, "vocab_size": len(tokenizer)})).save_pretrained(encoder)
     SentenceTransformer(str(encoder), device="cpu").save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny random parent, upcycled, with the real tokenizer, as a SentenceTransformer folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    parent = spread(BertModel(BertConfig(**{**TINY, "vocab_size": 30522, **NO_DROPOUT})), scale=0.2)
+    upcycle(parent, sparse_layers=[0, 2]).save_pretrained(folder / "encoder")
+    AutoTokenizer.from_pretrained(parent_folder()).save_pretrained(folder / "encoder")
+    transformer = models.Transformer(str(folder / "encoder"))
+    transformer.max_seq_length = 24
+    SentenceTransformer(modules=[transformer, models.Pooling(32)], device="cpu").save_pretrained(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    return SentenceTransformer(str(tiny_folder), device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -167,14 +167,14 @@ def test_the_loss_is_sentence_transformers(prepared, pairs):
     model = model_of(DENSE, prepared)
     features = pairs.features(np.arange(6))
     stock = MultipleNegativesRankingLoss(model)([dict(part) for part in features], None)
-    assert Contrastive(model)(features).item() == pytest.approx(stock.item(), abs=1e-6)
+    assert Contrastive(model)(features).item() == pytest.approx(stock.item(), abs=1e-5)  # 1e-7 of logits up to 20
 
 
 def test_the_distillation_term_is_0_at_the_start(prepared, pairs):
     model, parent = model_of(DENSE, prepared), model_of(DENSE, prepared)
     features = pairs.features(np.arange(6))
     alone = Contrastive(model)(features).item()
-    assert Contrastive(model, parent, 1.0)(features).item() == pytest.approx(alone, abs=1e-6)
+    assert Contrastive(model, parent, 1.0)(features).item() == pytest.approx(alone, abs=1e-5)
     other = model_of(DENSE, prepared)
     with torch.no_grad():
         for parameter in other.parameters():

@@ -1,294 +1,28 @@
-"""Balance and monitoring under the stock trainer: `training/balance.py`, `monitor.py` and `router_callback.py`."""
-
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-from functools import partial
-from pathlib import Path
+"""The balancing bias, on one process and on two: `training/balance.py` and `router_callback.py`."""
 
 import pytest
 import torch
-from conftest import TINY, spread
-from datasets import Dataset
+from balance_helpers import (
+    arguments,
+    assert_balanced_again,
+    balance_run,
+    blocks_of,
+    features,
+    pairs,
+    push_to_one_expert,
+    recorder_on,
+    run_two_ranks,
+)
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-    models,
 )
 from sentence_transformers.sentence_transformer import losses as st_losses
-from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from hagmoe_hf import HagMoeConfig, HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel, upcycle
-from hagmoe_hf.demo import parent_folder, read_corpus
-from hagmoe_hf.modeling_hagmoe import HagMoeRouter, HagMoeSparseMLP
-from hagmoe_hf.routing_hagmoe import load_balancing_loss, router_z_loss
-from hagmoe_hf.training.balance import BiasSteps, Coefficients, StepRecorder, bias_step
-from hagmoe_hf.training.monitor import dead_experts, load_entropy, max_violation
+from hagmoe_hf import HagMoeModel, upcycle
+from hagmoe_hf.training.balance import BiasSteps, Coefficients, bias_step
 from hagmoe_hf.training.router_callback import RouterCallback
-
-ROOT = Path(__file__).parents[1]
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    """A tiny random parent, upcycled, with the real tokenizer, as a SentenceTransformer folder."""
-    folder = tmp_path_factory.mktemp("tiny")
-    parent = spread(BertModel(BertConfig(**{**TINY, "vocab_size": 30522, **NO_DROPOUT})), scale=0.2)
-    upcycle(parent, sparse_layers=[0, 2]).save_pretrained(folder / "encoder")
-    AutoTokenizer.from_pretrained(parent_folder()).save_pretrained(folder / "encoder")
-    transformer = models.Transformer(str(folder / "encoder"))
-    transformer.max_seq_length = 24
-    SentenceTransformer(modules=[transformer, models.Pooling(32)], device="cpu").save_pretrained(str(folder / "model"))
-    return folder / "model"
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return SentenceTransformer(str(tiny_folder), device="cpu")
-
-
-def blocks_of(model: nn.Module) -> list[HagMoeSparseMLP]:
-    return [module for module in model.modules() if isinstance(module, HagMoeSparseMLP)]
-
-
-def pairs(rows: int, **columns) -> Dataset:
-    texts, _ = read_corpus()
-    texts = [text[:80] for text in texts[:: len(texts) // (2 * rows)]]
-    return Dataset.from_dict({"anchor": texts[:rows], "positive": texts[rows : 2 * rows], **columns})
-
-
-def arguments(folder, **changes) -> SentenceTransformerTrainingArguments:
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return SentenceTransformerTrainingArguments(**{**settings, **changes})
-
-
-# The stock trainer, with no callback of ours
-
-
-LOSSES = {
-    "MultipleNegativesRanking": (lambda m: st_losses.MultipleNegativesRankingLoss(m), pairs(8)),
-    "Cached, 1 of 8": (lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=1), pairs(8)),
-    "Cached, 3 of 8": (lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=3), pairs(8)),
-    "Cached, 8 of 8": (lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=8), pairs(8)),
-    "Matryoshka": (lambda m: st_losses.MatryoshkaLoss(m, st_losses.MultipleNegativesRankingLoss(m), [32, 16]), pairs(8)),
-    "AdaptiveLayer": (lambda m: st_losses.AdaptiveLayerLoss(m, st_losses.MultipleNegativesRankingLoss(m)), pairs(8)),
-    "CoSENT": (lambda m: st_losses.CoSENTLoss(m), pairs(8, score=[i / 8 for i in range(8)])),
-    "Triplet": (lambda m: st_losses.TripletLoss(m), pairs(8, negative=["something else entirely"] * 8)),
-}
-
-
-@pytest.mark.parametrize(("make_loss", "data"), LOSSES.values(), ids=LOSSES.keys())
-@pytest.mark.parametrize("callbacks", [[], [RouterCallback]], ids=["no callback", "RouterCallback"])
-def test_stock_losses_train_under_the_stock_trainer(tiny, make_loss, data, callbacks, tmp_path):
-    """A user changes the model and nothing else."""
-    before = {name: p.clone() for name, p in tiny.named_parameters()}
-    trainer = SentenceTransformerTrainer(
-        model=tiny,
-        args=arguments(tmp_path),
-        train_dataset=data,
-        loss=make_loss(tiny),
-        callbacks=[callback() for callback in callbacks],
-    )
-    trainer.train()
-    assert all(torch.isfinite(p).all() for p in tiny.parameters())
-    moved = {name for name, p in tiny.named_parameters() if not torch.equal(p, before[name])}
-    assert any(".experts." in name for name in moved)
-    assert any(".router." in name for name in moved)
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def features(model: SentenceTransformer, data: Dataset, columns=("anchor", "positive")) -> list[dict]:
-    return [model.preprocess(list(data[column])) for column in columns]
-
-
-@pytest.mark.parametrize("mini_batch_size", [1, 3, 8])
-def test_cached_and_plain_gradients_are_equal(tiny, mini_batch_size):
-    """GradCache runs every forward twice: state written in between would show here."""
-    data = pairs(8)
-    tiny.train()
-    st_losses.MultipleNegativesRankingLoss(tiny)(features(tiny, data), None).backward()
-    expected = gradients(tiny)
-    tiny.zero_grad()
-    st_losses.CachedMultipleNegativesRankingLoss(tiny, mini_batch_size=mini_batch_size)(
-        features(tiny, data), None
-    ).backward()
-    got = gradients(tiny)
-    assert got.keys() == expected.keys()
-    assert all((got[name] - expected[name]).abs().max() <= 1e-4 for name in expected)
-
-
-def test_accumulated_gradients_equal_the_big_batch(tiny):
-    """For a loss without in-batch negatives, accumulation is only a matter of memory."""
-    data = pairs(8, score=[i / 8 for i in range(8)])
-    tiny.train()
-    loss = st_losses.CosineSimilarityLoss(tiny)
-    loss(features(tiny, data), torch.tensor(data["score"])).backward()
-    expected = gradients(tiny)
-    tiny.zero_grad()
-    for start in range(0, 8, 2):
-        part = data.select(range(start, start + 2))
-        (loss(features(tiny, part), torch.tensor(part["score"])) / 4).backward()
-    got = gradients(tiny)
-    assert all((got[name] - expected[name]).abs().max() <= 1e-4 for name in expected)
-
-
-# Auxiliary terms: injected gradients against an explicit term
-
-
-class ExplicitLoss(nn.Module):
-    """The yardstick: adds the auxiliary terms to the loss itself, from routing caught in the forward pass."""
-
-    def __init__(self, model: SentenceTransformer, loss: nn.Module, coefficients: Coefficients):
-        super().__init__()
-        self.model, self.inner, self.coefficients = model, loss, coefficients
-        self.routers = [block.router for block in blocks_of(model)]
-        self.caught: list[list] = [[] for _ in self.routers]
-        for row, router in enumerate(self.routers):
-            router.register_forward_hook(lambda module, inputs, routing, row=row: self.caught[row].append(routing))
-        self.previous = None  # (load, tokens per loss) of the step before, by layer
-        self.step: list[list] = []
-
-    def forward(self, sentence_features, labels):
-        self.caught[:] = [[] for _ in self.routers]
-        loss = self.inner(sentence_features, labels)
-        if not self.model.training:
-            return loss
-        self.step.append([[r.expert_index.clone() for r in routings] for routings in self.caught])
-        if self.previous is None:
-            return loss
-        for routings, (load, tokens) in zip(self.caught, self.previous, strict=True):
-            for routing in routings:
-                real = routing.expert_index[:, 0] < load.shape[0]
-                probs = routing.router_logits[real].exp().sum(0)
-                loss = loss + self.coefficients.aux_loss * load.shape[0] * (load * probs).sum() / tokens
-                loss = loss + self.coefficients.z_loss * routing.log_partition[real].square().sum() / tokens
-        return loss
-
-    def finish_step(self, num_experts=8):
-        self.previous = []
-        for row in range(len(self.routers)):
-            index = torch.cat([part.flatten() for loss in self.step for part in loss[row]])
-            counts = torch.bincount(index, minlength=num_experts + 1)[:num_experts].float()
-            self.previous.append((counts / counts.sum(), counts.sum() / len(self.step)))
-        self.step = []
-
-
-class KeepGradients(TrainerCallback):
-    def __init__(self, model, finish=lambda: None):
-        self.model, self.finish, self.steps = model, finish, []
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.steps.append(gradients(self.model))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.finish()
-
-
-def injected_and_explicit(folder, tmp_path, make_loss=None, checkpointing=False, **changes):
-    """Gradients of every optimizer step, with the callback and with the explicit term, at learning rate 0."""
-    make_loss = make_loss or (lambda m: st_losses.MultipleNegativesRankingLoss(m))
-    runs = []
-    for explicit in (False, True):
-        model = SentenceTransformer(str(folder), device="cpu")
-        loss = (
-            make_loss(model)
-            if not explicit
-            else ExplicitLoss(model, st_losses.MultipleNegativesRankingLoss(model), Coefficients(0.3, 0.01))
-        )
-        keep = KeepGradients(model, loss.finish_step if explicit else lambda: None)
-        callback = RouterCallback(bias_update_rate=0.0, aux_loss_coef=0.3, z_loss_coef=0.01)
-        settings = {
-            "max_steps": -1,
-            "num_train_epochs": 2,
-            "learning_rate": 0.0,
-            "max_grad_norm": 0.0,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": checkpointing and not explicit,
-        }
-        trainer = SentenceTransformerTrainer(
-            model=model,
-            args=arguments(tmp_path, **{**settings, **changes}),
-            train_dataset=pairs(10),
-            loss=loss,
-            callbacks=[keep] if explicit else [callback, keep],
-        )
-        trainer.train()
-        runs.append(keep.steps)
-    return runs
-
-
-WAYS = {
-    "plain": {},
-    "accumulation with a short last step": {"gradient_accumulation_steps": 3},
-    "cached mini-batches": {
-        "make_loss": lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=1),
-        "per_device_train_batch_size": 5,
-    },
-    "gradient checkpointing": {"checkpointing": True},
-    "cached, accumulated": {
-        "make_loss": lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=1),
-        "gradient_accumulation_steps": 3,
-    },
-}
-
-
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_injected_auxiliary_gradients_equal_an_explicit_term(tiny_folder, tmp_path, way):
-    """A scale that is off by the accumulation steps, or a term per cached chunk, would quietly change the training."""
-    injected, explicit = injected_and_explicit(tiny_folder, tmp_path, **way)
-    assert len(injected) == len(explicit) >= 4
-    for step, (got, expected) in enumerate(zip(injected, explicit, strict=True)):
-        for name in expected:
-            assert torch.allclose(got[name], expected[name], atol=2e-5, rtol=1e-3), (step, name)
-    plain, _ = injected[0], injected[1]
-    routers = [name for name in plain if "expert_gate" in name]
-    assert any((injected[1][name] - plain[name]).abs().max() > 1e-3 for name in routers)
-
-
-def test_a_gradient_scaler_scales_the_injected_gradients_too(tiny):
-    """Under float16 the loss is multiplied by thousands; a term that is not would vanish."""
-
-    def run(scale):
-        tiny.zero_grad()
-        recorder = recorder_on(tiny, Coefficients(0.3, 0.01))
-        recorder.previous_load = torch.full((2, 8), 1 / 8, dtype=torch.float64).cumsum(-1)
-        recorder.previous_tokens_per_loss = torch.tensor([50.0, 50.0], dtype=torch.float64)
-        loss = st_losses.MultipleNegativesRankingLoss(tiny)(features(tiny, pairs(8)), None)
-        (recorder.watch_loss(loss) * scale).backward()
-        return gradients(tiny)
-
-    once, scaled = run(1.0), run(1024.0)
-    assert all(torch.allclose(once[name] * 1024, scaled[name], rtol=1e-3, atol=1e-2) for name in once)
-
-
-def recorder_on(model: nn.Module, coefficients: Coefficients) -> StepRecorder:
-    blocks = blocks_of(model.train())
-    recorder = StepRecorder(len(blocks), 8, coefficients, torch.device("cpu"))
-    for row, block in enumerate(blocks):
-        block.routing_observer = partial(lambda row, output, routing, packing: recorder.watch(output, routing, row), row)
-    return recorder
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 1, 3])
@@ -310,9 +44,6 @@ def test_every_real_token_is_counted_once(tiny, mini_batch_size, checkpointing):
     assert step.counts.sum(-1).tolist() == [tokens, tokens]
     assert step.prob_sums.sum(-1).tolist() == pytest.approx([tokens, tokens], rel=1e-5)
     assert step.losses == 1
-
-
-# The balancing bias
 
 
 def test_a_steps_length_follows_its_direction():
@@ -341,49 +72,6 @@ def test_the_bias_balances_the_mean_load_and_not_the_median():
     busy_now_and_then = [torch.tensor([[8.0, 0.0, 0.0, 0.0]])] * 3 + [torch.tensor([[0.0, 3.0, 2.0, 3.0]])] * 7
     mean_direction = torch.stack([bias_step(counts, num_groups=4)[0] for counts in busy_now_and_then]).mean(0)
     assert mean_direction[0, 0] < 0, "it takes 30 % of the load where 25 % would be even"
-
-
-def push_to_one_expert(model: nn.Module, strength: float = 4.0) -> None:
-    """Collapse the routers: their gates' mean response to real text is raised for group 0 and expert 0 of each group."""
-    texts, _ = read_corpus()
-    batch = model.preprocess([text[:80] for text in texts[::10]])
-    caught: dict[HagMoeRouter, torch.Tensor] = {}
-
-    def catch(router, inputs) -> None:
-        states, mask = inputs[:2]  # no mask where padding was left out
-        caught[router] = (states if mask is None else states[mask]).flatten(0, -2).mean(0)
-
-    hooks = [block.router.register_forward_pre_hook(catch) for block in blocks_of(model)]
-    with torch.no_grad():
-        model.eval()(batch)
-        for hook in hooks:
-            hook.remove()
-        for router, mean in caught.items():
-            direction = strength * mean / mean.square().sum()
-            for gate, rows in ((router.group_gate, [0]), (router.expert_gate, [0, 2, 4, 6])):
-                gate.weight[rows] += direction
-
-
-def balance_run(model, folder, steps: int, lr: float = 1e-4, **changes):
-    callback = RouterCallback(probe_size=0)
-    texts, _ = read_corpus()
-    data = Dataset.from_dict({"anchor": [t[:80] for t in texts], "positive": [t[-80:] for t in texts]})
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments(folder, max_steps=steps, logging_steps=25, learning_rate=lr, **changes),
-        train_dataset=data,
-        loss=st_losses.MultipleNegativesRankingLoss(model),
-        callbacks=[callback],
-    )
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "router/aux_loss" in entry]
-
-
-def assert_balanced_again(history: list[dict], layers: tuple[int, ...]) -> None:
-    for layer in layers:
-        assert history[0][f"router/layer{layer}/max_vio"] > 3, history[0]
-        assert history[-1][f"router/layer{layer}/max_vio"] < 0.5, history[-1]
-        assert history[-1][f"router/layer{layer}/dead_experts"] == 0
 
 
 def test_a_collapsed_router_is_balanced_again(tiny, tmp_path):
@@ -500,162 +188,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_folder, tmp_path):
             assert a[key] == pytest.approx(b[key], abs=1e-5), key
 
 
-# Monitoring
-
-
-def test_everything_worth_watching_is_logged(tiny, tmp_path):
-    """Through the trainer's own log, so that every reporting tool gets it."""
-    seen: list[dict] = []
-
-    class Reporter(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            seen.append(dict(logs))
-
-    SentenceTransformerTrainer(
-        model=tiny,
-        args=arguments(tmp_path),
-        train_dataset=pairs(16),
-        loss=st_losses.MultipleNegativesRankingLoss(tiny),
-        callbacks=[Reporter(), RouterCallback()],
-    ).train()
-    (first, second) = [logs for logs in seen if "router/drift" in logs]
-    per_layer = {"load_entropy", "max_vio", "max_vio_batch", "dead_experts", "confidence", "pair_agreement"}
-    for layer in (0, 2):
-        values = {name: first[f"router/layer{layer}/{name}"] for name in per_layer}
-        assert 0 <= values["load_entropy"] <= 1
-        assert 0 <= values["max_vio"] <= 7
-        assert 0 < values["confidence"] <= 1
-        assert 0 <= values["pair_agreement"] <= 1
-    assert first["router/aux_loss"] >= 0.5
-    assert 0 < first["router/drift"] < second["router/drift"] < 1
-
-
-def test_pairs_of_equal_texts_agree(tiny, tmp_path):
-    """The one case with a known answer, in plain and in cached losses."""
-    texts = pairs(8)["anchor"]
-    same = Dataset.from_dict({"anchor": texts, "positive": texts})
-    for loss in (
-        st_losses.MultipleNegativesRankingLoss(tiny),
-        st_losses.CachedMultipleNegativesRankingLoss(tiny, mini_batch_size=3),
-    ):
-        trainer = SentenceTransformerTrainer(
-            model=tiny,
-            args=arguments(tmp_path, max_steps=1, learning_rate=0.0),
-            train_dataset=same,
-            loss=loss,
-            callbacks=[RouterCallback(probe_size=0)],
-        )
-        trainer.train()
-        (entry,) = [e for e in trainer.state.log_history if "router/aux_loss" in e]
-        assert entry["router/layer0/pair_agreement"] == 1.0
-
-
-def test_the_callback_leaves_no_trace(tiny, tmp_path):
-    """Afterwards the model is exported, pickled, served: nothing of the training may cling to it."""
-    loss = st_losses.MultipleNegativesRankingLoss(tiny)
-    SentenceTransformerTrainer(
-        model=tiny, args=arguments(tmp_path), train_dataset=pairs(8), loss=loss, callbacks=[RouterCallback()]
-    ).train()
-    assert all(block.routing_observer is None for block in blocks_of(tiny))
-    assert not loss._forward_hooks
-    assert not loss._forward_pre_hooks
-
-
-def test_known_loads_give_known_numbers():
-    counts = torch.tensor([[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert max_violation(counts).tolist() == [0.0, 3.0, 1.0, 0.0]
-    assert load_entropy(counts).tolist() == pytest.approx([1.0, 0.0, 0.5, 1.0])
-    assert dead_experts(counts).tolist() == [0, 3, 2, 4]
-
-
-def test_auxiliary_terms_have_their_known_values():
-    uniform = torch.full((6, 4), 0.25).log()
-    assert load_balancing_loss(uniform, torch.full((4,), 0.25), 6).item() == pytest.approx(1.0)
-    one = torch.tensor([[1.0, 1e-9, 1e-9, 1e-9]] * 6).log()
-    assert load_balancing_loss(one, torch.tensor([1.0, 0, 0, 0]), 6).item() == pytest.approx(4.0, rel=1e-4)
-    assert router_z_loss(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 2).item() == pytest.approx(3.0)
-
-
-# Heads that compute their own loss
-
-
-@pytest.mark.parametrize("cls", [HagMoeForMaskedLM, HagMoeForSequenceClassification])
-def test_a_heads_loss_holds_the_load_balance_term_on_request(cls):
-    """As in Mixtral: with router logits, and over real tokens only."""
-    config = HagMoeConfig(**TINY, **NO_DROPOUT, router_aux_loss_coef=0.5)
-    model = spread(cls(config))
-    ids = torch.randint(1, 99, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(7)[None] < torch.tensor([[7], [2], [5]])
-    labels = ids.masked_fill(~mask, -100) if cls is HagMoeForMaskedLM else torch.tensor([0, 1, 0])
-    plain = model(ids, attention_mask=mask.long(), labels=labels)
-    output = model(ids, attention_mask=mask.long(), labels=labels, output_router_logits=True)
-    (logits,), (index,) = output.router_logits, output.expert_index
-    real = mask.flatten()
-    load = torch.bincount(index[real].flatten(), minlength=8) / real.sum()
-    expected = 0.5 * 8 * (load * logits[real].exp().mean(0)).sum()
-    assert output.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert output.loss.item() == pytest.approx((plain.loss + expected).item(), rel=1e-5)
-    assert plain.aux_loss is None
-
-
-# What a user can get wrong
-
-
-@pytest.mark.parametrize("argument", ["bias_update_rate", "aux_loss_coef", "z_loss_coef", "probe_size"])
-def test_a_negative_argument_is_refused_by_name(argument):
-    with pytest.raises(ValueError, match=f"{argument}=-1 is not possible"):
-        RouterCallback(**{argument: -1})
-
-
-def test_a_dense_model_is_refused(real_parent, tmp_path):
-    """The callback would watch nothing and say nothing."""
-    trainer = SentenceTransformerTrainer(
-        model=real_parent,
-        args=arguments(tmp_path),
-        train_dataset=pairs(8),
-        loss=st_losses.MultipleNegativesRankingLoss(real_parent),
-        callbacks=[RouterCallback()],
-    )
-    with pytest.raises(ValueError, match="has no sparse layer; allowed: a HAG-MoE"):
-        trainer.train()
-
-
-# Two processes
-
-
-def run_two_ranks(program: str, tmp_path, *program_arguments: str) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(textwrap.dedent(program))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *program_arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=500)[0] for process in ranks]
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
-
-
 BALANCE_ON_TWO_RANKS = """
     import os, sys
     import torch
-    import test_training_balance as t
+    import balance_helpers as t
     from sentence_transformers import SentenceTransformer
 
     folder, out, steps, lr, layers = sys.argv[1:]
@@ -681,38 +217,3 @@ def test_two_ranks_balance_alike(tiny_folder, tmp_path):
 def test_two_ranks_balance_the_real_parent_alike_while_it_trains(real_mixture, tmp_path):
     real_mixture.save_pretrained(str(tmp_path / "model"))
     run_two_ranks(BALANCE_ON_TWO_RANKS, tmp_path, str(tmp_path / "model"), str(tmp_path), "300", "2e-5", "1,3")
-
-
-def test_two_ranks_inject_the_mean_gradient(tiny_folder, tmp_path):
-    """DDP averages gradients over ranks: the injected ones must come out as those of an explicit term would."""
-    run_two_ranks(
-        """
-        import os, sys
-        import torch
-        import test_training_balance as t
-
-        folder, out = sys.argv[1:]
-
-        class AllReduced(t.ExplicitLoss):
-            def finish_step(self, num_experts=8):
-                counts = []
-                for row in range(len(self.routers)):
-                    index = torch.cat([part.flatten() for loss in self.step for part in loss[row]])
-                    counts.append(torch.bincount(index, minlength=num_experts + 1)[:num_experts].float())
-                counts, losses = torch.stack(counts), torch.tensor(float(len(self.step)))
-                torch.distributed.all_reduce(counts)
-                torch.distributed.all_reduce(losses)
-                self.previous = [(c / c.sum(), c.sum() / losses) for c in counts]
-                self.step = []
-
-        t.ExplicitLoss = AllReduced
-        injected, explicit = t.injected_and_explicit(folder, f"{out}/{os.environ['RANK']}", ddp_backend="gloo")
-        assert len(injected) == len(explicit) >= 4, len(injected)
-        for got, expected in zip(injected, explicit):
-            for name in expected:
-                assert torch.allclose(got[name], expected[name], atol=2e-5, rtol=1e-3), name
-        """,
-        tmp_path,
-        str(tiny_folder),
-        str(tmp_path),
-    )

@@ -1,0 +1,116 @@
+"""Auxiliary terms: injected gradients against an explicit term, and the terms of heads with a loss of their own."""
+
+import pytest
+import torch
+from balance_helpers import features, gradients, injected_and_explicit, pairs, recorder_on, run_two_ranks
+from conftest import NO_DROPOUT, TINY, spread
+from sentence_transformers.sentence_transformer import losses as st_losses
+
+from hagmoe_hf import HagMoeConfig, HagMoeForMaskedLM, HagMoeForSequenceClassification
+from hagmoe_hf.routing_hagmoe import load_balancing_loss, router_z_loss
+from hagmoe_hf.training.balance import Coefficients
+
+WAYS = {
+    "plain": {},
+    "accumulation with a short last step": {"gradient_accumulation_steps": 3},
+    "cached mini-batches": {
+        "make_loss": lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=1),
+        "per_device_train_batch_size": 5,
+    },
+    "gradient checkpointing": {"checkpointing": True},
+    "cached, accumulated": {
+        "make_loss": lambda m: st_losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=1),
+        "gradient_accumulation_steps": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_injected_auxiliary_gradients_equal_an_explicit_term(tiny_folder, tmp_path, way):
+    """A scale that is off by the accumulation steps, or a term per cached chunk, would quietly change the training."""
+    injected, explicit = injected_and_explicit(tiny_folder, tmp_path, **way)
+    assert len(injected) == len(explicit) >= 4
+    for step, (got, expected) in enumerate(zip(injected, explicit, strict=True)):
+        for name in expected:
+            assert torch.allclose(got[name], expected[name], atol=2e-5, rtol=1e-3), (step, name)
+    plain, _ = injected[0], injected[1]
+    routers = [name for name in plain if "expert_gate" in name]
+    assert any((injected[1][name] - plain[name]).abs().max() > 1e-3 for name in routers)
+
+
+def test_a_gradient_scaler_scales_the_injected_gradients_too(tiny):
+    """Under float16 the loss is multiplied by thousands; a term that is not would vanish."""
+
+    def run(scale):
+        tiny.zero_grad()
+        recorder = recorder_on(tiny, Coefficients(0.3, 0.01))
+        recorder.previous_load = torch.full((2, 8), 1 / 8, dtype=torch.float64).cumsum(-1)
+        recorder.previous_tokens_per_loss = torch.tensor([50.0, 50.0], dtype=torch.float64)
+        loss = st_losses.MultipleNegativesRankingLoss(tiny)(features(tiny, pairs(8)), None)
+        (recorder.watch_loss(loss) * scale).backward()
+        return gradients(tiny)
+
+    once, scaled = run(1.0), run(1024.0)
+    assert all(torch.allclose(once[name] * 1024, scaled[name], rtol=1e-3, atol=1e-2) for name in once)
+
+
+def test_auxiliary_terms_have_their_known_values():
+    uniform = torch.full((6, 4), 0.25).log()
+    assert load_balancing_loss(uniform, torch.full((4,), 0.25), 6).item() == pytest.approx(1.0)
+    one = torch.tensor([[1.0, 1e-9, 1e-9, 1e-9]] * 6).log()
+    assert load_balancing_loss(one, torch.tensor([1.0, 0, 0, 0]), 6).item() == pytest.approx(4.0, rel=1e-4)
+    assert router_z_loss(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 2).item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("cls", [HagMoeForMaskedLM, HagMoeForSequenceClassification])
+def test_a_heads_loss_holds_the_load_balance_term_on_request(cls):
+    """As in Mixtral: with router logits, and over real tokens only."""
+    config = HagMoeConfig(**TINY, **NO_DROPOUT, router_aux_loss_coef=0.5)
+    model = spread(cls(config))
+    ids = torch.randint(1, 99, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7)[None] < torch.tensor([[7], [2], [5]])
+    labels = ids.masked_fill(~mask, -100) if cls is HagMoeForMaskedLM else torch.tensor([0, 1, 0])
+    plain = model(ids, attention_mask=mask.long(), labels=labels)
+    output = model(ids, attention_mask=mask.long(), labels=labels, output_router_logits=True)
+    (logits,), (index,) = output.router_logits, output.expert_index
+    real = mask.flatten()
+    load = torch.bincount(index[real].flatten(), minlength=8) / real.sum()
+    expected = 0.5 * 8 * (load * logits[real].exp().mean(0)).sum()
+    assert output.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx((plain.loss + expected).item(), rel=1e-5)
+    assert plain.aux_loss is None
+
+
+def test_two_ranks_inject_the_mean_gradient(tiny_folder, tmp_path):
+    """DDP averages gradients over ranks: the injected ones must come out as those of an explicit term would."""
+    run_two_ranks(
+        """
+        import os, sys
+        import torch
+        import balance_helpers as t
+
+        folder, out = sys.argv[1:]
+
+        class AllReduced(t.ExplicitLoss):
+            def finish_step(self, num_experts=8):
+                counts = []
+                for row in range(len(self.routers)):
+                    index = torch.cat([part.flatten() for loss in self.step for part in loss[row]])
+                    counts.append(torch.bincount(index, minlength=num_experts + 1)[:num_experts].float())
+                counts, losses = torch.stack(counts), torch.tensor(float(len(self.step)))
+                torch.distributed.all_reduce(counts)
+                torch.distributed.all_reduce(losses)
+                self.previous = [(c / c.sum(), c.sum() / losses) for c in counts]
+                self.step = []
+
+        t.ExplicitLoss = AllReduced
+        injected, explicit = t.injected_and_explicit(folder, f"{out}/{os.environ['RANK']}", ddp_backend="gloo")
+        assert len(injected) == len(explicit) >= 4, len(injected)
+        for got, expected in zip(injected, explicit):
+            for name in expected:
+                assert torch.allclose(got[name], expected[name], atol=2e-5, rtol=1e-3), name
+        """,
+        tmp_path,
+        str(tiny_folder),
+        str(tmp_path),
+    )

@@ -1,0 +1,98 @@
+"""What RouterCallback logs, and what it refuses: `training/monitor.py` and `router_callback.py`."""
+
+import pytest
+import torch
+from balance_helpers import arguments, blocks_of, pairs
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformerTrainer,
+)
+from sentence_transformers.sentence_transformer import losses as st_losses
+from transformers import TrainerCallback
+
+from hagmoe_hf.training.monitor import dead_experts, load_entropy, max_violation
+from hagmoe_hf.training.router_callback import RouterCallback
+
+
+def test_everything_worth_watching_is_logged(tiny, tmp_path):
+    """Through the trainer's own log, so that every reporting tool gets it."""
+    seen: list[dict] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    SentenceTransformerTrainer(
+        model=tiny,
+        args=arguments(tmp_path),
+        train_dataset=pairs(16),
+        loss=st_losses.MultipleNegativesRankingLoss(tiny),
+        callbacks=[Reporter(), RouterCallback()],
+    ).train()
+    (first, second) = [logs for logs in seen if "router/drift" in logs]
+    per_layer = {"load_entropy", "max_vio", "max_vio_batch", "dead_experts", "confidence", "pair_agreement"}
+    for layer in (0, 2):
+        values = {name: first[f"router/layer{layer}/{name}"] for name in per_layer}
+        assert 0 <= values["load_entropy"] <= 1
+        assert 0 <= values["max_vio"] <= 7
+        assert 0 < values["confidence"] <= 1
+        assert 0 <= values["pair_agreement"] <= 1
+    assert first["router/aux_loss"] >= 0.5
+    assert 0 < first["router/drift"] < second["router/drift"] < 1
+
+
+def test_pairs_of_equal_texts_agree(tiny, tmp_path):
+    """The one case with a known answer, in plain and in cached losses."""
+    texts = pairs(8)["anchor"]
+    same = Dataset.from_dict({"anchor": texts, "positive": texts})
+    for loss in (
+        st_losses.MultipleNegativesRankingLoss(tiny),
+        st_losses.CachedMultipleNegativesRankingLoss(tiny, mini_batch_size=3),
+    ):
+        trainer = SentenceTransformerTrainer(
+            model=tiny,
+            args=arguments(tmp_path, max_steps=1, learning_rate=0.0),
+            train_dataset=same,
+            loss=loss,
+            callbacks=[RouterCallback(probe_size=0)],
+        )
+        trainer.train()
+        (entry,) = [e for e in trainer.state.log_history if "router/aux_loss" in e]
+        assert entry["router/layer0/pair_agreement"] == 1.0
+
+
+def test_the_callback_leaves_no_trace(tiny, tmp_path):
+    """Afterwards the model is exported, pickled, served: nothing of the training may cling to it."""
+    loss = st_losses.MultipleNegativesRankingLoss(tiny)
+    SentenceTransformerTrainer(
+        model=tiny, args=arguments(tmp_path), train_dataset=pairs(8), loss=loss, callbacks=[RouterCallback()]
+    ).train()
+    assert all(block.routing_observer is None for block in blocks_of(tiny))
+    assert not loss._forward_hooks
+    assert not loss._forward_pre_hooks
+
+
+def test_known_loads_give_known_numbers():
+    counts = torch.tensor([[4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert max_violation(counts).tolist() == [0.0, 3.0, 1.0, 0.0]
+    assert load_entropy(counts).tolist() == pytest.approx([1.0, 0.0, 0.5, 1.0])
+    assert dead_experts(counts).tolist() == [0, 3, 2, 4]
+
+
+@pytest.mark.parametrize("argument", ["bias_update_rate", "aux_loss_coef", "z_loss_coef", "probe_size"])
+def test_a_negative_argument_is_refused_by_name(argument):
+    with pytest.raises(ValueError, match=f"{argument}=-1 is not possible"):
+        RouterCallback(**{argument: -1})
+
+
+def test_a_dense_model_is_refused(real_parent, tmp_path):
+    """The callback would watch nothing and say nothing."""
+    trainer = SentenceTransformerTrainer(
+        model=real_parent,
+        args=arguments(tmp_path),
+        train_dataset=pairs(8),
+        loss=st_losses.MultipleNegativesRankingLoss(real_parent),
+        callbacks=[RouterCallback()],
+    )
+    with pytest.raises(ValueError, match="has no sparse layer; allowed: a HAG-MoE"):
+        trainer.train()
