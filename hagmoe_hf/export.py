@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from . import sentence
 from .files import new_folder
+from .kernels_hagmoe import expert_forward, expert_weights
 from .modeling_hagmoe import HagMoeGate, HagMoeModel
 
 if TYPE_CHECKING:
@@ -93,21 +94,12 @@ def unrolled_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tens
         (T, D), the weighted sum over each token's experts.
     """
     (num_tokens, top_k), choices = top_k_index.shape, top_k_index.flatten()
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
     rows, outputs = [], []
-    for expert in range(self.num_experts):
+    for expert, weights in expert_weights(self, range(self.num_experts)):
         row = (choices == expert).nonzero().squeeze(-1)
         states = hidden_states.index_select(0, row if top_k == 1 else row // top_k)
-        up_bias = getattr(self, f"{up_name}_bias")[expert] if self.has_bias else None
-        down_bias = self.down_proj_bias[expert] if self.has_bias else None
-        inner = F.linear(states, getattr(self, up_name)[expert], up_bias)
-        if self.has_gate:
-            gate, inner_up = inner.chunk(2, dim=-1)
-            inner = self.act_fn(gate) * inner_up
-        else:
-            inner = self.act_fn(inner)
         rows.append(row)
-        outputs.append(F.linear(inner, self.down_proj[expert], down_bias))
+        outputs.append(expert_forward(self, states, weights))
     output = hidden_states.new_zeros(num_tokens * top_k, hidden_states.shape[-1])
     output = output.index_copy(0, torch.cat(rows), torch.cat(outputs))
     if top_k > 1:

@@ -5,7 +5,7 @@ This file travels to the Hub beside the weights, so it imports nothing but torch
 Axes:  T tokens   D in_features or hidden_size   N out_features   E experts   K experts per token
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: 
     order = None if is_sorted else choices.argsort(stable=True)[:num_choices]  # "no expert" comes last
     states = hidden_states if order is None else hidden_states.index_select(0, order if top_k == 1 else order // top_k)
     segments = states.split(counts)
-    outputs = [_expert(self, segments[expert], weights) for expert, weights in _weights(self, used)]
+    outputs = [expert_forward(self, segments[expert], weights) for expert, weights in expert_weights(self, used)]
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if order is not None:
         rows = num_tokens * top_k
@@ -106,8 +106,8 @@ def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: 
     return output  # the other rules give one expert the weight 1
 
 
-def _weights(self: Any, used: list[int]) -> Iterator[tuple[int, tuple]]:
-    """(expert, its up weight, up bias, down weight, down bias) for every used expert; None for a missing bias."""
+def expert_weights(self: Any, used: Iterable[int]) -> Iterator[tuple[int, tuple]]:
+    """For every used expert its number, and (up weight, up bias, down weight, down bias); None for a missing bias."""
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     names = [name for kind in (up_name, "down_proj") for name in (kind, f"{kind}_bias")]
     stacks = [getattr(self, name) if self.has_bias or not name.endswith("_bias") else None for name in names]
@@ -118,7 +118,8 @@ def _weights(self: Any, used: list[int]) -> Iterator[tuple[int, tuple]]:
         yield expert, tuple(None if stack is None else stack[expert] for stack in stacks)
 
 
-def _expert(self: Any, states: Tensor, weights: tuple) -> Tensor:
+def expert_forward(self: Any, states: Tensor, weights: tuple) -> Tensor:
+    """One expert, whose weights `expert_weights` gave, on its own tokens: (tokens, D) -> (tokens, D)."""
     up, up_bias, down, down_bias = weights
     inner = linear(states, up, up_bias, feeds_linear=True)
     if self.has_gate:
@@ -131,4 +132,12 @@ def _expert(self: Any, states: Tensor, weights: tuple) -> Tensor:
 
 ALL_EXPERTS_FUNCTIONS.register("segmented_mm", segmented_mm_experts_forward)
 
-__all__ = ["activate", "is_plain_inference", "is_traced", "linear", "segmented_mm_experts_forward"]
+__all__ = [
+    "activate",
+    "expert_forward",
+    "expert_weights",
+    "is_plain_inference",
+    "is_traced",
+    "linear",
+    "segmented_mm_experts_forward",
+]

@@ -11,7 +11,7 @@ Axes:  B sequences   L tokens   D hidden_size   G groups   E experts   K experts
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +42,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hagmoe import HagMoeConfig
 from .kernels_hagmoe import activate, is_traced, linear
-from .routing_hagmoe import Packing, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
+from .routing_hagmoe import Packing, RealTokens, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
 
 MOST_REAL = 0.97  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
 
@@ -133,26 +133,6 @@ class HagMoeMultipleChoiceOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_index: tuple[torch.LongTensor, ...] | None = None
-
-
-class RealTokens(NamedTuple):
-    """Where the real tokens of a padded batch are: everything but attention runs on them alone, as one packed row."""
-
-    slot: Tensor  # (T,) int64 in [0, B*L), rising
-    shape: torch.Size  # (B, L)
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """(B, L, ...) -> (1, T, ...)."""
-        return padded.flatten(0, 1).index_select(0, self.slot).unsqueeze(0)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(1, T, ...) -> (B, L, ...), zero at padding."""
-        padded = packed.new_zeros(self.shape.numel(), *packed.shape[2:]).index_copy(0, self.slot, packed[0])
-        return padded.unflatten(0, self.shape)
-
-    def packing(self) -> Packing:
-        """Each row of the batch as one text of the packed row."""
-        return Packing((self.slot // self.shape[1]).unsqueeze(0), self.shape[0], True)
 
 
 class HagMoeLayerNorm(nn.LayerNorm):
@@ -287,7 +267,7 @@ class HagMoeAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None = None,
-        real_tokens: "RealTokens | None" = None,
+        real_tokens: RealTokens | None = None,
         **flash_kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D) and, where the attention function computes them, weights (B, heads, L, L)."""

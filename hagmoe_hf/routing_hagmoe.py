@@ -57,6 +57,26 @@ class Packing(NamedTuple):
         return token.view_as(self.sequence_index) - self.starts()[self.sequence_index]
 
 
+class RealTokens(NamedTuple):
+    """Where the real tokens of a padded batch are: everything but attention runs on them alone, as one packed row."""
+
+    slot: Tensor  # (T,) int64 in [0, B*L), rising
+    shape: torch.Size  # (B, L)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, L, ...) -> (1, T, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.slot).unsqueeze(0)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(1, T, ...) -> (B, L, ...), zero at padding."""
+        padded = packed.new_zeros(self.shape.numel(), *packed.shape[2:]).index_copy(0, self.slot, packed[0])
+        return padded.unflatten(0, self.shape)
+
+    def packing(self) -> Packing:
+        """Each row of the batch as one text of the packed row."""
+        return Packing((self.slot // self.shape[1]).unsqueeze(0), self.shape[0], True)
+
+
 def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | None) -> Tensor:
     """Summarise each sequence by learned-query attention over its own real tokens.
 
@@ -253,6 +273,7 @@ def router_z_loss(log_partition: Tensor, num_tokens: Tensor | float) -> Tensor:
 
 __all__ = [
     "Packing",
+    "RealTokens",
     "Routing",
     "attention_pool",
     "attention_pool_packed",

@@ -74,9 +74,9 @@ def callbacks(options: TrainOptions) -> list[TrainerCallback]:
     if options.balance:
         from .router_callback import RouterCallback
 
-        router_callback = RouterCallback(aux_loss_coef=options.aux_loss_coef, z_loss_coef=options.z_loss_coef)
-        if options.bias_update_rate is not None:
-            router_callback.bias_update_rate = options.bias_update_rate
+        names = ("bias_update_rate", "aux_loss_coef", "z_loss_coef")
+        given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        router_callback = RouterCallback(**given)
         wanted.append(router_callback)
     if options.curriculum:  # first, so that a phase is in force when its first step begins for the others
         wanted.insert(0, CurriculumCallback(read_curriculum(options.curriculum), router_callback))
