@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -48,6 +49,21 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_figure(figure: Any, path: str | os.PathLike, dpi: int = 120) -> Path:
+    """Draw a matplotlib figure into a file that appears whole or not at all; returns its path.
+
+    Args:
+        figure: A `matplotlib.figure.Figure`.
+        path: The file to be; its suffix says the format.
+        dpi: Dots per inch.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    figure.savefig(partial, dpi=dpi)
+    os.replace(partial, path)
+    return path
 
 
 def _refuse_existing(target: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hagmoe_hf import sentence
-from hagmoe_hf.benchmark import measure, report, workloads
+from hagmoe_hf.benchmark import measure, report, sweeps, workloads
 from hagmoe_hf.benchmark.command import benchmark
 from hagmoe_hf.benchmark.contestants import Contestant, line_up
 from hagmoe_hf.benchmark.profiling import profile_encoder
@@ -142,3 +142,40 @@ def test_a_report_shows_every_contestant_it_has_a_figure_for(tmp_path):
     )
     assert "| parent | 1.25 [1.00, 1.50] |" in text
     assert "| absent |  |" in text
+
+
+def test_a_sweep_covers_every_size_and_resumes(tiny_parent, tmp_path, monkeypatch):
+    """What the documentation says of larger mixtures comes from here, and an interrupted sweep goes on."""
+    for name, sizes in (("EXPERTS", (4, 8)), ("GROUPS", (1, 2)), ("LENGTHS", (8, 16)), ("BATCHES", (16,))):
+        monkeypatch.setattr(sweeps, name, sizes)
+    done = sweeps.sweep(tiny_parent, tmp_path, texts=TEXTS, rounds=1, command="sweep")
+    assert {name: list(sizes) for name, sizes in done["sweeps"].items()} == {
+        "experts": ["4", "8"],
+        "groups": ["1", "2"],
+        "tokens per text": ["8", "16"],
+        "texts per batch": ["16"],
+    }
+    assert all(size["speed"]["median"] > 0 for sizes in done["sweeps"].values() for size in sizes.values())
+    assert (tmp_path / "sweep.png").is_file()
+    assert "| groups | 2 |" in (tmp_path / "sweep.md").read_text()
+    monkeypatch.setattr(sweeps, "interleave", None)
+    assert sweeps.sweep(tiny_parent, tmp_path, texts=TEXTS, rounds=1, command="sweep") == json.loads(
+        (tmp_path / "sweep.json").read_text()
+    )
+
+
+def test_the_models_of_a_length_sweep_truncate_alike(tiny_parent, monkeypatch):
+    """A parent with longer texts than its mixture's would make the mixture look fast."""
+    monkeypatch.setattr(sweeps, "LENGTHS", (8,))
+    dense, seen = sentence.load(str(tiny_parent), device="cpu"), set()
+    before = dense.max_seq_length
+
+    def watch(models, texts, batch_size, rounds):
+        for model in models.values():
+            seen.add(model.preprocess(list(texts))["input_ids"].shape)
+        return {name: [1.0, 1.0] for name in models}
+
+    monkeypatch.setattr(sweeps, "_seconds", watch)
+    sweeps._lengths(dense, TEXTS, 2)
+    assert seen == {(64, 8)}
+    assert dense.max_seq_length == before

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..files import write_figure
 from .stats import LabelLoad
 
 if TYPE_CHECKING:
@@ -434,11 +435,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: str | os.PathLike) -> Path:
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     with warnings.catch_warnings():
         # What the font lacks is drawn as a box: one look tells more than a warning for every sign
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(partial, dpi=130)
-    os.replace(partial, path)
-    return path
+        return write_figure(figure, path, dpi=130)

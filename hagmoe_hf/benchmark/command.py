@@ -12,7 +12,7 @@ from ..demo import read_corpus
 from ..files import write_text
 from . import workloads
 from .contestants import Contestant, line_up
-from .measure import machine
+from .measure import earlier, machine
 from .profiling import profile_encoder
 from .report import markdown, plot
 
@@ -75,7 +75,7 @@ def benchmark(
 
     path = output / "benchmark.json"
     header = {"command": command, **machine(), "contestants": [c.name for c in contestants]}
-    report = _earlier(path, header) or {"date": date.today().isoformat(), **header, "workloads": {}}
+    report = earlier(path, header) or {"date": date.today().isoformat(), **header, "workloads": {}}
     for name, task in tasks.items():
         if name not in report["workloads"]:
             report["workloads"][name] = task()
@@ -101,14 +101,6 @@ def profile_mixture(
 
 def _mixed(texts: Sequence[str] | None) -> list[str]:
     return workloads.shuffled(texts or read_corpus()[0])
-
-
-def _earlier(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
-    """What an interrupted run of the same kind on the same machine has written."""
-    if not path.is_file():
-        return None
-    report = json.loads(path.read_text(encoding="utf-8"))
-    return report if all(report.get(key) == json.loads(json.dumps(value)) for key, value in header.items()) else None
 
 
 __all__ = ["benchmark", "profile_mixture"]

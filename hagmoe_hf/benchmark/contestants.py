@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
-from .. import sentence
+from .. import kernels_hagmoe, modeling_hagmoe, sentence
 from ..configuration_hagmoe import HagMoeConfig
 from ..files import new_folder
 from ..modeling_hagmoe import HagMoeModel
@@ -52,12 +51,14 @@ class Contestant:
         if not self.as_stock:
             yield
             return
-        with (
-            mock.patch("hagmoe_hf.modeling_hagmoe.MOST_REAL", 0.0),
-            mock.patch("hagmoe_hf.kernels_hagmoe.FEW_TOKENS", range(0)),
-            mock.patch("hagmoe_hf.modeling_hagmoe.activate", lambda act_fn, states: act_fn(states)),
-        ):
+        ours = modeling_hagmoe.MOST_REAL, modeling_hagmoe.activate, kernels_hagmoe.FEW_TOKENS
+        modeling_hagmoe.MOST_REAL = 0.0  # every batch counts as full: padding is computed
+        modeling_hagmoe.activate = lambda act_fn, states: act_fn(states)
+        kernels_hagmoe.FEW_TOKENS = range(0)
+        try:
             yield
+        finally:
+            modeling_hagmoe.MOST_REAL, modeling_hagmoe.activate, kernels_hagmoe.FEW_TOKENS = ours
 
 
 def line_up(

@@ -1,5 +1,6 @@
 """Timing in turn (A B A B ...), so that whatever else the machine does hits every contestant alike."""
 
+import json
 import os
 import platform
 import statistics
@@ -7,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -74,7 +77,8 @@ def machine() -> dict[str, object]:
         except PackageNotFoundError:
             continue
     return {
-        "processor": _processor(),
+        # The features tell more than the name where the processor is a virtual one
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -82,9 +86,12 @@ def machine() -> dict[str, object]:
     }
 
 
-def _processor() -> str:
-    """The processor's features tell more than its name where it is a virtual one."""
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+def earlier(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """What an interrupted run of the same kind on the same machine has written."""
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return report if all(report.get(key) == json.loads(json.dumps(value)) for key, value in header.items()) else None
 
 
-__all__ = ["interleave", "machine", "paired_ratio", "percentile", "speed_ratios", "spread"]
+__all__ = ["earlier", "interleave", "machine", "paired_ratio", "percentile", "speed_ratios", "spread"]

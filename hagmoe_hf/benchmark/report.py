@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import write_figure
+
 
 def timed(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The workloads with a speed for each contestant."""
@@ -81,9 +83,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> Path:
     for axis in axes[len(results) :]:
         axis.set_visible(False)
     figure.supxlabel("times as fast as the parent", fontsize=9)
-    path = Path(path)
-    figure.savefig(path, dpi=120)
-    return path
+    return write_figure(figure, path)
 
 
 def _ratio(ratio: dict[str, float] | None) -> str:

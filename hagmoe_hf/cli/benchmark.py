@@ -23,11 +23,15 @@ def benchmark(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed calls per contestant; queries take ten times as many.", min=1)] = 9,
     threads: Annotated[int | None, typer.Option(help="Threads for torch; one per core by default.", min=1)] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Vary experts, groups, length and batch instead: sweep.json, .md and .png.")
+    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Only say where the mixture's time goes: profile.json, trace.json.")
     ] = False,
 ) -> None:
     """Time a mixture beside its PARENT, stock experts and nomic-embed-text-v2-moe's design, in turn."""
+    from ..benchmark import sweeps
     from ..benchmark.command import benchmark as benchmark_library
     from ..benchmark.command import profile_mixture
     from ..benchmark.contestants import exported
@@ -38,6 +42,11 @@ def benchmark(
         profile_mixture(parent, out, mixture=mixture, texts=lines, threads=threads)
         print(f"Written: {out}/profile/profile.json, trace.json (open it in ui.perfetto.dev)")
         return
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if sweep:
+        print(sweeps.markdown(sweeps.sweep(parent, out, texts=lines, rounds=rounds, threads=threads, command=command)))
+        print(f"Written: {out}/sweep.json, sweep.md and sweep.png")
+        return
     report = benchmark_library(
         parent,
         out,
@@ -46,7 +55,7 @@ def benchmark(
         texts=lines,
         rounds=rounds,
         threads=threads,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command,
     )
     print(markdown(report))
     print(f"Written: {out}/benchmark.json, benchmark.md and benchmark.png")

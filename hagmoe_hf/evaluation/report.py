@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import write_text
+from ..files import write_figure, write_text
 from .compare import Comparison, Difference
 from .metrics import EmbeddingStatistics
 from .runner import TaskScore
@@ -261,9 +261,7 @@ def bar_plot(report: Mapping[str, Any], path: Path) -> None:
     axis.set_xlabel("main score of the task")
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(models), fontsize=9)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
+    write_figure(figure, path)
 
 
 def _figure(width: float, height: float) -> "Figure":
