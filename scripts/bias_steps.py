@@ -35,11 +35,18 @@ class FixedSteps(BiasSteps):
     GROW = SHRINK = 1.0
 
 
+class ShorterSteps(BiasSteps):
+    """A shorter shortest step: noise makes the steps so short that a trained model's drift outruns them."""
+
+    SMALLEST = 0.002
+
+
 RULES = {
     "fixed 0.05": (FixedSteps, 0.05),
     "fixed 0.02": (FixedSteps, 0.02),
     "fixed 0.005": (FixedSteps, 0.005),
     "adaptive 0.05": (BiasSteps, 0.05),
+    "adaptive 0.05, shortest 0.002": (ShorterSteps, 0.05),
 }
 
 
@@ -52,8 +59,8 @@ def router_inputs() -> dict[int, tuple[HagMoeRouter, torch.Tensor, torch.Tensor]
     encoder, caught = model[0].model, {}
     for layer in encoder.config.sparse_layers:
         router = encoder.layers[layer].mlp.router
-        router.register_forward_pre_hook(lambda module, inputs, layer=layer: caught.update({layer: (module, *inputs)}))
-    encoder(**batch)
+        router.register_forward_pre_hook(lambda module, inputs, layer=layer: caught.update({layer: (module, *inputs[:2])}))
+    encoder(**batch, output_hidden_states=True)  # asked for these, the encoder keeps padding in its place
     return caught
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("transformers.exporters.quantizers")
 from hagmoe_hf import HagMoeModel
 from hagmoe_hf import export as export_room
 from hagmoe_hf.cli.main import main
-from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, export, load, unrolled_experts_forward
+from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, OPENVINO_FILE, export, load, unrolled_experts_forward
 from hagmoe_hf.modeling_hagmoe import HagMoeGate
 
 EXPORTED = {
@@ -76,6 +76,18 @@ def test_a_float32_graph_equals_torch_on_other_batches_and_lengths(mode, make_mi
     assert {batch for batch, _ in check.shapes} >= {1, 7, 32}
     assert len({length for _, length in check.shapes}) > 3
     assert check.fewest_experts < 8
+
+
+@pytest.mark.parametrize("mode", EXPORTED)
+def test_an_openvino_graph_equals_torch_where_there_is_padding(mode, make_mixture, corpus, tmp_path):
+    """Its exporter brings its own experts, to whom "no expert" means an index that does not exist."""
+    pytest.importorskip("openvino")
+    texts = [text[: 4 * (row % 15) + 4] for row, text in enumerate(corpus[:60])]
+    report = export(make_mixture(**EXPORTED[mode]), tmp_path / "out", texts, format="openvino")
+    check = report.checks[OPENVINO_FILE]
+    assert check.largest_difference <= 1e-5
+    assert {batch for batch, _ in check.shapes} >= {1, 7, 32}
+    assert (tmp_path / "out/openvino" / OPENVINO_FILE).is_file()
 
 
 def test_the_experts_are_int8_and_the_gates_are_not(exported):

@@ -187,7 +187,7 @@ class BiasSteps:
         device: Where the biases are.
     """
 
-    GROW, SHRINK, SMALLEST = 1.1, 0.7, 0.002  # factors, and the shortest step as a share of the rate
+    GROW, SHRINK, SMALLEST = 1.1, 0.7, 0.02  # factors, and the shortest step as a share of the rate
 
     def __init__(self, num_layers: int, num_biases: int, device: torch.device):
         self.share = torch.ones(num_layers, num_biases, dtype=torch.float64, device=device)  # of the user's rate
