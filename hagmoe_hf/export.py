@@ -28,6 +28,7 @@ from . import sentence
 from .files import new_folder
 from .kernels_hagmoe import expert_forward, expert_weights
 from .modeling_hagmoe import HagMoeExperts, HagMoeGate, HagMoeModel
+from .routing_hagmoe import RealTokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -225,7 +226,7 @@ def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: b
     exporter = exporters.OnnxExporter()
     example = _example(batches)
     settings = exporters.OnnxConfig(dynamic_shapes=_any_size(example), ort_fusions="cpu")
-    with _traceable(encoder):
+    with _traceable(encoder), _without_padding(encoder):
         exported = exporter.export(encoder, example, settings)
     program = exported.program
     # Slices and transposes of weights become weights, however large: only constants can be int8
@@ -284,6 +285,23 @@ def _traceable(encoder: HagMoeModel) -> Iterator[None]:
         experts, encoder.pooler, was_training = before
         encoder.set_experts_implementation(experts)
         encoder.train(was_training)
+
+
+@contextmanager
+def _without_padding(encoder: HagMoeModel) -> Iterator[None]:
+    """Everything but attention runs on real tokens alone, as it does on CPU, though a trace cannot count them beforehand.
+
+    So padding costs little, and has no part in the scale of int8 activations.
+    """
+
+    def leave_out(token_mask: Tensor | None, kwargs: dict) -> RealTokens:
+        return RealTokens.from_mask(cast(Tensor, token_mask))
+
+    encoder._real_tokens = leave_out  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del encoder._real_tokens
 
 
 @contextmanager

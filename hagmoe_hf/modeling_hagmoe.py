@@ -750,10 +750,8 @@ class HagMoeModel(HagMoePreTrainedModel):
         is_recorded = any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
         if is_recorded or self.config._attn_implementation not in ("sdpa", "eager"):
             return None
-        slot = token_mask.flatten().nonzero().squeeze(-1)
-        if not 0 < slot.numel() < MOST_REAL * token_mask.numel():
-            return None
-        return RealTokens(slot, token_mask.shape)
+        real_tokens = RealTokens.from_mask(token_mask)
+        return real_tokens if 0 < real_tokens.slot.numel() < MOST_REAL * token_mask.numel() else None
 
     def _layer_masks(
         self,

@@ -63,13 +63,19 @@ class RealTokens(NamedTuple):
     slot: Tensor  # (T,) int64 in [0, B*L), rising
     shape: torch.Size  # (B, L)
 
+    @classmethod
+    def from_mask(cls, token_mask: Tensor) -> "RealTokens":
+        """From (B, L) bool, True at real tokens; on a GPU this waits for it."""
+        return cls(token_mask.flatten().nonzero().squeeze(-1), token_mask.shape)
+
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, L, ...) -> (1, T, ...)."""
         return padded.flatten(0, 1).index_select(0, self.slot).unsqueeze(0)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, T, ...) -> (B, L, ...), zero at padding."""
-        padded = packed.new_zeros(self.shape.numel(), *packed.shape[2:]).index_copy(0, self.slot, packed[0])
+        rows = self.shape[0] * self.shape[1]  # not `numel`, which a trace would take for a constant
+        padded = packed.new_zeros(rows, *packed.shape[2:]).index_copy(0, self.slot, packed[0])
         return padded.unflatten(0, self.shape)
 
     def packing(self) -> Packing:
@@ -115,7 +121,7 @@ def attention_pool_packed(hidden_states: Tensor, query: Tensor, packing: Packing
     weight_T = (scores_T - highest_S[sequence_T]).exp()
     total_S = weight_T.new_zeros(packing.size).index_add(0, sequence_T, weight_T)
     weight_T = weight_T / total_S[sequence_T]
-    summary_SD = torch.zeros_like(states_TD[:1]).expand(packing.size, -1)
+    summary_SD = states_TD.new_zeros(packing.size, states_TD.shape[-1])
     summary_SD = summary_SD.index_add(0, sequence_T, weight_T.unsqueeze(-1) * states_TD)
     return summary_SD[sequence_T].view_as(hidden_states)
 
