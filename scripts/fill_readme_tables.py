@@ -1,4 +1,4 @@
-"""Fill the tables of the README and of docs/analysis.md from committed result files, so that no figure is typed by hand.
+"""Fill the tables of the README and of the guides from committed result files, so that no figure is typed by hand.
 
     python scripts/fill_readme_tables.py
 
@@ -27,6 +27,67 @@ def exactness() -> str:
         rows.append(f"| {mode} | {row['largest_difference']:.1e} | {total} | {row['active_over_parent']:.3f}x |")
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     rows.append(f"\n{result['texts']} real texts; {versions}; {result['date']}; `{result['command']}`")
+    return "\n".join(rows)
+
+
+def exactness_summary() -> str:
+    """The worst of that table, in a sentence."""
+    result = json.loads((RESULTS / "exactness.json").read_text(encoding="utf-8"))
+    worst = max(row["largest_difference"] for row in result["modes"].values())
+    return (
+        f"Upcycled all-MiniLM-L6-v2 differs from all-MiniLM-L6-v2 by at most {worst:.1e} in any number of any vector, over "
+        f"{result['texts']} real texts and {len(result['modes'])} ways of routing: [table](docs/upcycling.md#how-exact), "
+        f"`{result['command']}`."
+    )
+
+
+def quality() -> str:
+    """The first fine-tuned mixture beside its parent on the shipped kit."""
+    result = json.loads((RESULTS / "first-run-kit.json").read_text(encoding="utf-8"))
+    mixture, parent = result["models"]
+    rows = ["| shipped kit | metric | parent | mixture | difference, 95 % interval |", "|---|---|---|---|---|"]
+
+    def cell(one: dict) -> str:
+        text = f"{100 * one['value']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+        return text if one["low"] <= 0 <= one["high"] else f"**{text}**"
+
+    differences = parent["difference"]["tasks"]
+    for task, score in mixture["tasks"].items():
+        values = [f"{100 * row['tasks'][task]['score']:.1f}" for row in (parent, mixture)]
+        rows.append(f"| {task} | {score['metric']} | {' | '.join(values)} | {cell(differences[task])} |")
+    macros = " | ".join(f"{100 * row['macro']:.1f}" for row in (parent, mixture))
+    rows.append(f"| **mean of {len(differences)}** | | {macros} | {cell(parent['difference']['macro'])} |")
+    better = sum(one["low"] > 0 for one in differences.values())
+    worse = sum(one["high"] < 0 for one in differences.values())
+    rows.append(
+        f"\nBeyond its interval better on {better} sets, worse on {worse}. Trained by `hagmoe train --config "
+        f"docs/results/first-run.yaml` and scored by `{result['command']}` on {result['date'][:10]}; intervals are a paired "
+        "bootstrap over queries and items."
+    )
+    return "\n".join(rows)
+
+
+def ablation() -> str:
+    """The full ablation's first table, or that there is none."""
+    path = RESULTS / "ablation/full/table1.md"
+    if not path.exists():
+        return "Not measured yet: [docs/ablation.md](docs/ablation.md) is how."
+    blocks = path.read_text(encoding="utf-8").split("\n\n")
+    table = next(block for block in blocks if block.startswith("|"))
+    return f"[As measured](docs/results/ablation/full/table1.md):\n\n{table}"
+
+
+def times(page: str) -> str:
+    """How long the commands of a page took."""
+    path = RESULTS / "command-times.json"
+    pages = json.loads(path.read_text(encoding="utf-8"))["pages"] if path.exists() else {}
+    if not pages.get(page):
+        return "Not timed yet: `python scripts/time_commands.py build/fresh docs/results/command-times.json` does it."
+    rows = ["| in a fresh clone | seconds |", "|---|---|"]
+    rows += [f"| {'' if name.startswith('Python') else '`'}{name}{'' if name.startswith('Python') else '`'} | "
+             f"{entry['seconds']:.0f} |" for name, entry in pages[page].items()]
+    machines = sorted({f"{entry['machine']}, {entry['date']}" for entry in pages[page].values()})
+    rows.append(f"\n{'; '.join(machines)}; `python scripts/time_commands.py build/fresh docs/results/command-times.json`")
     return "\n".join(rows)
 
 
@@ -150,15 +211,20 @@ def trace_speed() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "ablation": ablation,
     "exactness": exactness,
+    "exactness_summary": exactness_summary,
     "gpu": gpu,
     "gpu_speed": gpu_speed,
     "planted": planted,
+    "quality": quality,
     "specialization": specialization,
     "speed": speed,
+    "times_quickstart": lambda: times("docs/quickstart.md"),
+    "times_readme": lambda: times("README.md"),
     "trace_speed": trace_speed,
 }
-FILES = (README, ROOT / "docs/analysis.md")
+FILES = (README, *(ROOT / f"docs/{name}.md" for name in ("analysis", "quickstart", "upcycling")))
 
 
 def filled(text: str) -> str:

@@ -37,8 +37,8 @@ class EmbeddingStatistics:
         norm_std: Standard deviation of the norms.
         cosine_mean: Mean cosine of two different vectors; near 0 when directions are used evenly.
         cosine_percentiles: Percentile (1 to 99) -> cosine of two different vectors.
-        uniformity: log mean exp(-2 |x - y|^2) over pairs of unit vectors; lower is more even.
-        alignment: Mean |x - y|^2 over pairs of unit vectors that mean the same; lower is closer. None without such pairs.
+        uniformity: `log mean exp(-2 |x - y|^2)` over pairs of unit vectors; lower is more even.
+        alignment: Mean `|x - y|^2` over pairs of unit vectors that mean the same; lower is closer. None without such pairs.
         effective_rank: exp of the entropy of the centred vectors' normalised singular values.
     """
 
