@@ -31,7 +31,6 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!hagmoe_hf).*")]
 
 
-
 def from_markdown(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are Markdown; a module's begins with its duty, and goes on with notes for those who read the source."""
     text = "\n".join(lines)

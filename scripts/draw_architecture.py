@@ -66,7 +66,10 @@ def encoder(config: HagMoeConfig) -> list[str]:
         parts.append(arrow((115, y + pitch + (8 if layer == 0 else 0)), (115, y + pitch - 10)))
     parts += [box(40, 66, 150, 34, ("pooling: a vector",), DENSE), arrow((115, 122), (115, 102))]
     top = 452 - pitch * (max(config.sparse_layers) + 1) + 10
-    parts += [f'<path class="zoom" d="M192 {top:g} L240 24"/>', f'<path class="zoom" d="M192 {top + pitch - 12:g} L240 536"/>']
+    parts += [
+        f'<path class="zoom" d="M192 {top:g} L240 24"/>',
+        f'<path class="zoom" d="M192 {top + pitch - 12:g} L240 536"/>',
+    ]
     return parts
 
 
@@ -75,7 +78,9 @@ def sparse_block(config: HagMoeConfig) -> list[str]:
     shared, routed = config.shared_expert_intermediate_size, config.moe_intermediate_size
     parts = [frame(240, 24, 800, 512), text(260, 48, "Feed-forward block of a sparse layer", "title")]
     parts += [box(260, 250, 92, 62, ("states x", "tokens of", "a text"), DENSE)]
-    parts += [box(560, 64, 260, 48, ("shared expert", f"{shared} of the parent's {config.intermediate_size} neurons"), SPARSE)]
+    parts += [
+        box(560, 64, 260, 48, ("shared expert", f"{shared} of the parent's {config.intermediate_size} neurons"), SPARSE)
+    ]
     parts += [arrow((306, 250), (306, 88), (556, 88)), arrow((820, 88), (921, 88))]
     parts += ['<circle cx="936" cy="88" r="14" fill="#ffffff" stroke="#1f2933"/>', text(936, 93, "+", "middle")]
     parts += [arrow((951, 88), (990, 88)), text(994, 92, "out")]

@@ -84,8 +84,9 @@ def times(page: str) -> str:
     if not pages.get(page):
         return "Not timed yet: `python scripts/time_commands.py build/fresh docs/results/command-times.json` does it."
     rows = ["| in a fresh clone | seconds |", "|---|---|"]
-    rows += [f"| {'' if name.startswith('Python') else '`'}{name}{'' if name.startswith('Python') else '`'} | "
-             f"{entry['seconds']:.0f} |" for name, entry in pages[page].items()]
+    for name, entry in pages[page].items():
+        code = "" if name.startswith("Python") else "`"
+        rows.append(f"| {code}{name}{code} | {entry['seconds']:.0f} |")
     machines = sorted({f"{entry['machine']}, {entry['date']}" for entry in pages[page].values()})
     rows.append(f"\n{'; '.join(machines)}; `python scripts/time_commands.py build/fresh docs/results/command-times.json`")
     return "\n".join(rows)

@@ -4,8 +4,8 @@
     python scripts/time_commands.py build/fresh docs/results/command-times.json --only "make test"  # one of them
 
 FOLDER is cloned from this repository where it does not exist, at the commit that is checked out here. Each block is a step, the
-Python of a page is one session, and a step's time is in the file as soon as it has ended; the times of other steps stay. Blocks
-that need a GPU, the Hub or much time are marked so in the page, and left out. Where a page says PARENT, the folder has a link of
+Python of a page is one session, and a step's time is in the file as soon as it has ended; those of other steps stay. Blocks
+that need a GPU, the Hub or much time are marked so in the page, and left out. For PARENT in a page, the folder has a link of
 that name to the packaged all-MiniLM-L6-v2.
 """
 
@@ -53,7 +53,9 @@ def merged(times: dict, page: str, name: str, entry: dict) -> dict:
     known = times.get("pages", {})
     known.setdefault(page, {})[name] = entry
     order = {page: [name_of(block) for block in steps(page)] for page in PAGES}
-    kept = {page: {name: known[page][name] for name in names if name in known.get(page, {})} for page, names in order.items()}
+    kept = {
+        page: {name: known[page][name] for name in names if name in known.get(page, {})} for page, names in order.items()
+    }
     return {"command": "python scripts/time_commands.py build/fresh docs/results/command-times.json", "pages": kept}
 
 
@@ -112,7 +114,9 @@ def main() -> None:
     where = {"commit": git("rev-parse", "--short", "HEAD"), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     todo = [(page, block) for page in PAGES for block in steps(page) if (args.only or "") in name_of(block)]
     if not todo:
-        raise SystemExit(f"--only {args.only!r} is no step; allowed: a part of {[name_of(b) for p in PAGES for b in steps(p)]}")
+        raise SystemExit(
+            f"--only {args.only!r} is no step; allowed: a part of {[name_of(b) for p in PAGES for b in steps(p)]}"
+        )
     readers = {page: Reader(args.folder) for page in PAGES}
     for page, block in tqdm(todo):
         tqdm.write(f"{page}: {name_of(block)}")

@@ -118,18 +118,6 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
-    """A newcomer pastes it, in order."""
-    monkeypatch.chdir(tmp_path)
-    blocks = code_blocks("python")
-    assert len(blocks) >= 3
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["vectors"].shape == (2, 384)
-    assert names["load"].counts.sum() > 0
-
-
 def test_the_readmes_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     wanted = {word for block in code_blocks("bash") for word in re.findall(r"^make ([a-z-]+)", block, re.MULTILINE)}
@@ -156,7 +144,6 @@ def test_the_readmes_tables_come_from_the_result_files():
     for file in module.FILES:
         text = file.read_text(encoding="utf-8")
         assert module.filled(text) == text, "run: python scripts/fill_readme_tables.py"
-    assert "| default" in README
 
 
 def test_ci_runs_the_readmes_test_command():
