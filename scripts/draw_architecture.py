@@ -1,6 +1,6 @@
-"""Draw the default mixture: its layers, a sparse block, the router inside. Layers, groups and experts are the configuration's.
+"""Draw the default mixture: its layers, a sparse block, and the router inside, as the configuration has them.
 
-python scripts/draw_architecture.py docs/architecture.svg
+    python scripts/draw_architecture.py docs/architecture.svg
 
 The picture has a background of its own, so that it reads the same on a light and on a dark page.
 """

@@ -3,10 +3,10 @@
     python scripts/time_commands.py build/fresh docs/results/command-times.json                     # all, in order
     python scripts/time_commands.py build/fresh docs/results/command-times.json --only "make test"  # one of them
 
-FOLDER is cloned from this repository where it does not exist, at the commit that is checked out here. Each block is a step, the
-Python of a page is one session, and a step's time is in the file as soon as it has ended; those of other steps stay. Blocks
-that need a GPU, the Hub or much time are marked so in the page, and left out. For PARENT in a page, the folder has a link of
-that name to the packaged all-MiniLM-L6-v2.
+FOLDER is cloned from this repository where it does not exist, at the commit that is checked out here. Each block is a step,
+the Python of a page is one session, and a step's time is in the file as soon as it has ended; those of other steps stay.
+Blocks that need a GPU, the Hub or much time are marked so in the page, and left out. For PARENT in a page, the folder has a
+link of that name to the packaged all-MiniLM-L6-v2.
 """
 
 import argparse
