@@ -10,12 +10,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 import yaml
 from doc_blocks import Block, read_blocks
+from draw_architecture import drawing
 from evaluation_helpers import shipped_rows, small_kit, write_rows
 from sentence_transformers import SentenceTransformer
-from test_scripts import script
 
 from hagmoe_hf import demo, upcycle
 from hagmoe_hf.cli.main import app
@@ -23,7 +24,7 @@ from hagmoe_hf.evaluation import kit
 from hagmoe_hf.training.curriculum import read_curriculum
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md"))])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CODE = ("python", "bash", "yaml", "json")
 # What a page's Python takes as given, beside the files in the folder
 GIVEN = {
@@ -45,8 +46,6 @@ TINY = {"matryoshka_dims: [384, 192, 96]": "matryoshka_dims: [32, 16]", "calibra
 @pytest.fixture(scope="module")
 def prepared(tiny_parent, pairs_file, corpus, tmp_path_factory) -> Path:
     """A folder with everything that the pages name."""
-    import pandas
-
     folder = tmp_path_factory.mktemp("reader")
     upcycle(SentenceTransformer(str(tiny_parent), device="cpu")).save_pretrained(str(folder / "MODEL"))
     for name in ("PARENT", "my-dense-model"):
@@ -194,7 +193,7 @@ def test_the_extras_are_explained():
 
 def test_the_drawing_is_the_scripts():
     """It follows the default configuration, and so must the file."""
-    assert (ROOT / "docs/architecture.svg").read_text(encoding="utf-8") == script("draw_architecture").drawing()
+    assert (ROOT / "docs/architecture.svg").read_text(encoding="utf-8") == drawing()
 
 
 @pytest.mark.slow
