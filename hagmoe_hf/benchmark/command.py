@@ -80,7 +80,7 @@ def benchmark(
         if name not in report["workloads"]:
             report["workloads"][name] = task()
             write_text(path, json.dumps(report, indent=1) + "\n")
-    write_text(output / "benchmark.md", markdown(report))
+    write_text(output / "benchmark.md", f"# Speed beside the parent\n\n{markdown(report)}")
     plot(report, output / "benchmark.png")
     return report
 

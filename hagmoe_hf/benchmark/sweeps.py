@@ -71,7 +71,7 @@ def sweep(
         if name not in report["sweeps"]:
             report["sweeps"][name] = run(dense, mixed, rounds)
             write_text(path, json.dumps(report, indent=1) + "\n")
-    write_text(output / "sweep.md", markdown(report))
+    write_text(output / "sweep.md", f"# Sweeps\n\n{markdown(report)}")
     plot(report, output / "sweep.png")
     return report
 
