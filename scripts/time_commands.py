@@ -108,15 +108,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="JSON file that receives the times")
     parser.add_argument("--only", help="steps with this in their name; a page's Python goes together: Python")
     args = parser.parse_args()
-    if not args.folder.exists():
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(args.folder)], check=True)
-        (args.folder / "PARENT").symlink_to(parent_folder())
-    where = {"commit": git("rev-parse", "--short", "HEAD"), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     todo = [(page, block) for page in PAGES for block in steps(page) if (args.only or "") in name_of(block)]
     if not todo:
         raise SystemExit(
             f"--only {args.only!r} is no step; allowed: a part of {[name_of(b) for p in PAGES for b in steps(p)]}"
         )
+    if not args.folder.exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(args.folder)], check=True)
+        (args.folder / "PARENT").symlink_to(parent_folder())
+    where = {"commit": git("rev-parse", "--short", "HEAD"), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     readers = {page: Reader(args.folder) for page in PAGES}
     for page, block in tqdm(todo):
         tqdm.write(f"{page}: {name_of(block)}")
