@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
 from hagmoe_hf.demo import parent_folder
+from hagmoe_hf.training.router_callback import RouterCallback
 
 TEXTS = ["free the disk space", "Wie spät ist es?", "a recipe for lentil soup", ""]
 PAIRS = {"anchor": [f"question {i}" for i in range(8)], "positive": [f"the answer to {i}" for i in range(8)]}
@@ -60,8 +61,8 @@ def folder(tmp_path):
     return save
 
 
-def three_steps(trainer_class, arguments_class, model, data, loss, folder) -> list[float]:
-    """Train with the stock trainer and nothing added; the losses."""
+def three_steps(trainer_class, arguments_class, model, data, loss, folder, callbacks=()) -> list[float]:
+    """Train with the stock trainer and nothing added but `callbacks`; the losses."""
     arguments = arguments_class(
         output_dir=str(folder),
         max_steps=3,
@@ -77,7 +78,8 @@ def three_steps(trainer_class, arguments_class, model, data, loss, folder) -> li
         disable_tqdm=True,
     )
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trainer = trainer_class(model=model, args=arguments, train_dataset=Dataset.from_dict(data), loss=loss)
+    data = Dataset.from_dict(data)
+    trainer = trainer_class(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=list(callbacks))
     trainer.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert any(".router." in name for name in moved)
@@ -127,6 +129,21 @@ def test_sparse_encoder_encodes_and_trains(shape, folder, tmp_path):
     losses = three_steps(SparseEncoderTrainer, SparseEncoderTrainingArguments, model, PAIRS, loss, tmp_path / "run")
     assert len(losses) == 3
     assert np.isfinite(losses).all()
+
+
+def test_rerankers_and_sparse_encoders_train_with_the_router_callback(folder, tmp_path):
+    """It follows the drift of vectors; theirs are none, or as long as the vocabulary and sparse."""
+    reranker = CrossEncoder(folder(HagMoeForSequenceClassification, "bert", num_labels=1), device="cpu")
+    data = {"query": ["same"] * 4 + ["other"] * 4, "text": ["same"] * 8, "label": [1.0] * 4 + [0.0] * 4}
+    loss = BinaryCrossEntropyLoss(reranker)
+    classes = CrossEncoderTrainer, CrossEncoderTrainingArguments
+    assert three_steps(*classes, reranker, data, loss, tmp_path / "reranker", [RouterCallback()])
+
+    sparse = SparseEncoder(modules=[MLMTransformer(folder(HagMoeForMaskedLM, "bert")), SpladePooling()], device="cpu")
+    ranking = SparseMultipleNegativesRankingLoss(sparse)
+    loss = SpladeLoss(sparse, ranking, document_regularizer_weight=1e-6, query_regularizer_weight=1e-6)
+    classes = SparseEncoderTrainer, SparseEncoderTrainingArguments
+    assert three_steps(*classes, sparse, PAIRS, loss, tmp_path / "sparse", [RouterCallback()])
 
 
 @each_shape
