@@ -41,12 +41,12 @@ def reciprocal_rank(model: SentenceTransformer, rows: Dataset) -> float:
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 16 functions (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=25, help="optimizer steps of 16 functions (default: %(default)s)")
 options = parser.parse_args()
 
 train, test = functions(TRAINED), functions(SEARCHED)
 model = upcycle(SentenceTransformer(str(parent_folder())), calibration_texts=train["positive"])
-model.max_seq_length = 96  # tokens; for speed
+model.max_seq_length = 64  # tokens; for speed
 print(f"{len(train)} functions to train on, {len(test)} to search in; MRR before: {reciprocal_rank(model, test):.3f}")
 arguments = SentenceTransformerTrainingArguments(
     output_dir="code-search-run",

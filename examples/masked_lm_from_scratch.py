@@ -20,7 +20,7 @@ SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "
 LENGTH = 64  # tokens
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 32 texts (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=200, help="optimizer steps of 32 texts (default: %(default)s)")
 options = parser.parse_args()
 
 texts = Dataset.from_json(str(SHIPPED / "retrieval/wiki_description_en/corpus.jsonl.gz"))["text"]

@@ -19,7 +19,7 @@ from hagmoe_hf.training.router_callback import RouterCallback
 SIZES = [384, 128, 64, 32, 16]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=50, help="optimizer steps of 16 pairs (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=30, help="optimizer steps of 16 pairs (default: %(default)s)")
 options = parser.parse_args()
 
 folder = SHIPPED / "retrieval/wiki_description_en"

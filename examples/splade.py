@@ -20,7 +20,7 @@ from hagmoe_hf.evaluation.kit import SHIPPED
 from hagmoe_hf.training.router_callback import RouterCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 8 pairs (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 8 pairs (default: %(default)s)")
 options = parser.parse_args()
 
 upcycle(AutoModelForMaskedLM.from_pretrained(parent_folder())).save_pretrained("splade")

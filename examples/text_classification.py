@@ -19,7 +19,7 @@ LABELS = ["neg", "pos"]
 FOLDER = SHIPPED / "classification/uci_sentences"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=75, help="optimizer steps of 32 sentences (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=50, help="optimizer steps of 32 sentences (default: %(default)s)")
 options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(parent_folder())

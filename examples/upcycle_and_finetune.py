@@ -18,7 +18,7 @@ from hagmoe_hf.evaluation.kit import SHIPPED
 from hagmoe_hf.training.router_callback import RouterCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 pairs (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=30, help="optimizer steps of 16 pairs (default: %(default)s)")
 options = parser.parse_args()
 
 # Short descriptions, each with the first sentences of its encyclopedia article
