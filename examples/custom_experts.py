@@ -2,7 +2,7 @@
 
 This one is the plainest there is: every expert computes every token, and the weights of the chosen ones decide.
 Prints: how far its vectors are from those of the package's own experts, and the speed of each.
-Time: @SECONDS@
+Time: not measured yet.
 """
 
 import time

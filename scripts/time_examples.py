@@ -36,9 +36,9 @@ def code_hash(source: str) -> str:
     return hashlib.sha256(TIME.sub("", source).encode()).hexdigest()[:12]
 
 
-def time_line(seconds: float) -> str:
-    """What a program's docstring says about its time."""
-    return f"Time: {readable(seconds)} on one core."
+def time_line(entry: dict | None) -> str:
+    """What a program's docstring says about its time; None where it was not run yet."""
+    return "Time: not measured yet." if entry is None else f"Time: {readable(entry['seconds'])} on one core."
 
 
 def readable(seconds: float) -> str:
@@ -71,10 +71,13 @@ def table(result: dict) -> str:
     """What each program shows and takes, and what it printed."""
     lines = ["| program | what it shows | one core |", "|---|---|---|"]
     sections = []
-    for name, entry in sorted(result["programs"].items()):
-        what = " ".join(ast.get_docstring(ast.parse((EXAMPLES / name).read_text("utf-8"))).split("\n\n")[0].split())
-        lines.append(f"| [`{name}`]({name}) | {what} | {readable(entry['seconds'])} |")
-        sections.append("\n".join([f"`{name}` printed:", "", "```text", *entry["output"], "```"]))
+    for program in sorted(EXAMPLES.glob("*.py")):
+        name, entry = program.name, result["programs"].get(program.name)
+        what = " ".join(ast.get_docstring(ast.parse(program.read_text("utf-8"))).split("\n\n")[0].split())
+        took = readable(entry["seconds"]) if entry else "not measured yet"
+        lines.append(f"| [`{name}`]({name}) | {what} | {took} |")
+        if entry:
+            sections.append("\n".join([f"`{name}` printed:", "", "```text", *entry["output"], "```"]))
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     about = f"{result['machine']}; {versions}; `{result['command']}`"
     return "\n\n".join(["\n".join(lines), about, *sections])
@@ -87,26 +90,34 @@ def filled(text: str, result: dict) -> str:
 
 
 def main() -> None:
-    """Run what has changed; write the results after each program."""
+    """Run what has changed; write everything after each program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="the JSON file to write, or to bring up to date")
-    path = parser.parse_args().result
-    known = json.loads(path.read_text(encoding="utf-8"))["programs"] if path.exists() else {}
-    programs = {program.name: program for program in sorted(EXAMPLES.glob("*.py"))}
-    known = {name: entry for name, entry in known.items() if name in programs}
-    packages = ("torch", "transformers", "sentence-transformers")
+    parser.add_argument("programs", nargs="*", help="such as embed.py; all by default")
+    options = parser.parse_args()
+    sources = {program.name: program.read_text(encoding="utf-8") for program in sorted(EXAMPLES.glob("*.py"))}
+    unknown = set(options.programs) - set(sources)
+    if unknown:
+        parser.error(f"programs={sorted(unknown)} are not there; allowed: {', '.join(sources)}")
+    known = json.loads(options.result.read_text(encoding="utf-8"))["programs"] if options.result.exists() else {}
+    known = {name: entry for name, entry in known.items() if name in sources}
     result = {
-        "command": f"python scripts/time_examples.py {path}",
+        "command": f"python scripts/time_examples.py {options.result}",
         "machine": f"{platform.machine()} CPU",
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "programs": known,
     }
-    for name, program in tqdm(programs.items(), desc="Running"):
-        source = program.read_text(encoding="utf-8")
-        if known.get(name, {}).get("code") != code_hash(source):
-            known[name] = run(program) | {"code": code_hash(source)}
-            write_text(path, json.dumps(result, indent=1) + "\n")
-        write_text(program, TIME.sub(time_line(known[name]["seconds"]), source, count=1))
+    for name in tqdm(options.programs or list(sources), desc="Running"):
+        if known.get(name, {}).get("code") != code_hash(sources[name]):
+            known[name] = run(EXAMPLES / name) | {"code": code_hash(sources[name])}
+        write(options.result, result, sources)
+
+
+def write(path: Path, result: dict, sources: dict[str, str]) -> None:
+    """The results, and what follows from them: the times in docstrings, the table in the README."""
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    for name, source in sources.items():
+        write_text(EXAMPLES / name, TIME.sub(time_line(result["programs"].get(name)), source, count=1))
     readme = EXAMPLES / "README.md"
     write_text(readme, filled(readme.read_text(encoding="utf-8"), result))
 

@@ -21,9 +21,9 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline, pipelines
 
-from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
+from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeForTokenClassification, HagMoeModel
 from hagmoe_hf.demo import parent_folder
 from hagmoe_hf.training.router_callback import RouterCallback
 
@@ -144,6 +144,17 @@ def test_rerankers_and_sparse_encoders_train_with_the_router_callback(folder, tm
     loss = SpladeLoss(sparse, ranking, document_regularizer_weight=1e-6, query_regularizer_weight=1e-6)
     classes = SparseEncoderTrainer, SparseEncoderTrainingArguments
     assert three_steps(*classes, sparse, PAIRS, loss, tmp_path / "sparse", [RouterCallback()])
+
+
+def test_stock_pipelines_take_a_mixture_without_a_complaint(folder, monkeypatch):
+    """`pipeline` logs as an error that a class is not supported, unless its tables know the name: users would stop there."""
+    monkeypatch.setattr(pipelines.base.logger, "error", pytest.fail)
+    classify = pipeline("text-classification", model=folder(HagMoeForSequenceClassification, "bert", num_labels=3))
+    assert classify(TEXTS[0])[0]["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
+    tag = pipeline("token-classification", model=folder(HagMoeForTokenClassification, "bert", num_labels=3))
+    assert len(tag(TEXTS[0])) == 4
+    fill = pipeline("fill-mask", model=folder(HagMoeForMaskedLM, "bert"))
+    assert len(fill("free the [MASK] space", top_k=5)) == 5
 
 
 @each_shape
