@@ -45,7 +45,7 @@ parser.add_argument("--steps", type=int, default=25, help="optimizer steps of 16
 options = parser.parse_args()
 
 train, test = functions(TRAINED), functions(SEARCHED)
-model = upcycle(SentenceTransformer(str(parent_folder())), calibration_texts=train["positive"])
+model = upcycle(SentenceTransformer(str(parent_folder())), calibration_texts=train["positive"][:100])
 model.max_seq_length = 64  # tokens; for speed
 print(f"{len(train)} functions to train on, {len(test)} to search in; MRR before: {reciprocal_rank(model, test):.3f}")
 arguments = SentenceTransformerTrainingArguments(

@@ -36,7 +36,7 @@ def accuracies(model: SentenceTransformer) -> list[float]:
     return [sum(best == own for own, best in enumerate(score.argmax(1).tolist())) / len(test) for score in scores]
 
 
-model = upcycle(SentenceTransformer(str(parent_folder())), calibration_texts=train["positive"])
+model = upcycle(SentenceTransformer(str(parent_folder())), calibration_texts=train["positive"][:100])
 model.max_seq_length = 64  # tokens; for speed
 before = accuracies(model)
 arguments = SentenceTransformerTrainingArguments(
