@@ -10,6 +10,9 @@ from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -18,6 +21,7 @@ from sentence_transformers import (
     SparseEncoderTrainingArguments,
 )
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
@@ -131,8 +135,8 @@ def test_sparse_encoder_encodes_and_trains(shape, folder, tmp_path):
     assert np.isfinite(losses).all()
 
 
-def test_rerankers_and_sparse_encoders_train_with_the_router_callback(folder, tmp_path):
-    """It follows the drift of vectors; theirs are none, or as long as the vocabulary and sparse."""
+def test_models_without_dense_vectors_train_with_the_router_callback(folder, tmp_path):
+    """It follows the drift of vectors; a reranker has none, other models have sparse ones, or one for each token."""
     reranker = CrossEncoder(folder(HagMoeForSequenceClassification, "bert", num_labels=1), device="cpu")
     data = {"query": ["same"] * 4 + ["other"] * 4, "text": ["same"] * 8, "label": [1.0] * 4 + [0.0] * 4}
     loss = BinaryCrossEntropyLoss(reranker)
@@ -144,6 +148,11 @@ def test_rerankers_and_sparse_encoders_train_with_the_router_callback(folder, tm
     loss = SpladeLoss(sparse, ranking, document_regularizer_weight=1e-6, query_regularizer_weight=1e-6)
     classes = SparseEncoderTrainer, SparseEncoderTrainingArguments
     assert three_steps(*classes, sparse, PAIRS, loss, tmp_path / "sparse", [RouterCallback()])
+
+    late = MultiVectorEncoder(folder(HagMoeModel, "bert"), device="cpu")
+    loss = MultiVectorMultipleNegativesRankingLoss(late)
+    classes = MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
+    assert three_steps(*classes, late, PAIRS, loss, tmp_path / "late", [RouterCallback()])
 
 
 def test_stock_pipelines_take_a_mixture_without_a_complaint(folder, monkeypatch):

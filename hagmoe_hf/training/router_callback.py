@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -340,10 +341,10 @@ def _first_texts(dataset: Any, number: int) -> list[str]:
 def _encode(model: Any, texts: list[str]) -> Tensor | None:
     """(texts, D) float32 vectors on CPU; the model's mode stays as it was.
 
-    None where texts have no dense vector: those of a SparseEncoder are as long as its vocabulary, too long to be kept in
-    every checkpoint's JSON, and late interaction has one for each token.
+    None where a text has no dense vector: a SparseEncoder's is as long as the vocabulary, too long to be kept in every
+    checkpoint's JSON, and a MultiVectorEncoder has one for each token. Only a SentenceTransformer gives NumPy by default.
     """
     training = model.training
-    vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+    vectors = model.encode(texts, show_progress_bar=False)
     model.train(training)
-    return vectors.float().cpu() if isinstance(vectors, Tensor) and not vectors.is_sparse else None
+    return torch.from_numpy(vectors).float() if isinstance(vectors, np.ndarray) else None
