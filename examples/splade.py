@@ -11,7 +11,7 @@ from datasets import Dataset
 from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
-from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
+from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hagmoe_hf import upcycle
@@ -25,7 +25,7 @@ options = parser.parse_args()
 
 upcycle(AutoModelForMaskedLM.from_pretrained(parent_folder())).save_pretrained("splade")
 AutoTokenizer.from_pretrained(parent_folder()).save_pretrained("splade")
-model = SparseEncoder(modules=[MLMTransformer("splade", max_seq_length=48), SpladePooling("max")])
+model = SparseEncoder(modules=[Transformer("splade", transformer_task="fill-mask", max_seq_length=48), SpladePooling("max")])
 
 folder = SHIPPED / "retrieval/wiki_description_en"
 queries, corpus, relevant = (Dataset.from_json(str(folder / f"{name}.jsonl.gz")) for name in ("queries", "corpus", "qrels"))

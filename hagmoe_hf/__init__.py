@@ -12,10 +12,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
 
 from .configuration_hagmoe import HagMoeConfig
 from .modeling_hagmoe import (
@@ -36,9 +32,6 @@ AutoModelForSequenceClassification.register(HagMoeConfig, HagMoeForSequenceClass
 AutoModelForTokenClassification.register(HagMoeConfig, HagMoeForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(HagMoeConfig, HagMoeForQuestionAnswering, exist_ok=True)
 AutoModelForMultipleChoice.register(HagMoeConfig, HagMoeForMultipleChoice, exist_ok=True)
-# Registering does not reach these tables; without an entry the pipelines of both tasks work, but log "is not supported"
-MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[HagMoeConfig.model_type] = HagMoeForSequenceClassification.__name__
-MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[HagMoeConfig.model_type] = HagMoeForTokenClassification.__name__
 
 __all__ = [
     "HagMoeConfig",

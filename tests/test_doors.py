@@ -156,7 +156,7 @@ def test_models_without_dense_vectors_train_with_the_router_callback(folder, tmp
 
 
 def test_stock_pipelines_take_a_mixture_without_a_complaint(folder, monkeypatch):
-    """`pipeline` logs as an error that a class is not supported, unless its tables know the name: users would stop there."""
+    """`pipeline` logs as an error that a class it was not told of is not supported: users would stop there."""
     monkeypatch.setattr(pipelines.base.logger, "error", pytest.fail)
     classify = pipeline("text-classification", model=folder(HagMoeForSequenceClassification, "bert", num_labels=3))
     assert classify(TEXTS[0])[0]["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
