@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import re
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -61,4 +62,4 @@ SentenceTransformerTrainer(model, arguments, train_dataset=train, loss=loss, cal
 print(f"MRR after: {reciprocal_rank(model, test):.3f}")
 found = semantic_search(model.encode_query(QUESTIONS), model.encode_document(test["positive"]), top_k=3)
 for question, hits in zip(QUESTIONS, found, strict=True):
-    print(question, "->", ", ".join(test[hit["corpus_id"]]["positive"].split("(")[0] for hit in hits))
+    print(question, "->", *(re.search(r"def (\w+)", test[hit["corpus_id"]]["positive"])[1] for hit in hits))
