@@ -30,7 +30,7 @@ for name, calibration_texts in (("random gates", None), ("gates that start from 
     print(f"{name}: {len(texts)} texts, {len(trace.token_id):,} tokens")
     for layer, index in zip(trace.layers, trace.expert_index.swapaxes(0, 1), strict=True):
         counts = stats.counts_per_text(index, trace.text_start, trace.num_experts)
-        information = stats.label_information(counts, label_ids(domains)[1])
+        information = stats.label_information(counts, label_ids(trace.texts.domains)[1])
         print(
             f"  layer {layer}: {stats.effective_experts(counts.sum(axis=0)):.1f} of {trace.num_experts} experts work; "
             f"{information.bits:.2f} bits about the domain, {information.baseline:.2f} with shuffled labels"
