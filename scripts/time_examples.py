@@ -63,8 +63,8 @@ def run(program: Path) -> dict:
 
 
 def printed(output: str) -> list[str]:
-    """The lines that a program itself printed; the trainers' logs, which are dictionaries, and progress bars are not."""
-    return [line.rstrip() for line in output.splitlines() if not line.startswith("{") and "\r" not in line]
+    """The lines that a program itself printed; the trainers' logs, which are dictionaries, are not."""
+    return [line.rstrip() for line in output.splitlines() if not line.startswith("{")]
 
 
 def table(result: dict) -> str:
