@@ -10,6 +10,9 @@ from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -18,13 +21,15 @@ from sentence_transformers import (
     SparseEncoderTrainingArguments,
 )
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline, pipelines
 
-from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
+from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeForTokenClassification, HagMoeModel
 from hagmoe_hf.demo import parent_folder
+from hagmoe_hf.training.router_callback import RouterCallback
 
 TEXTS = ["free the disk space", "Wie spät ist es?", "a recipe for lentil soup", ""]
 PAIRS = {"anchor": [f"question {i}" for i in range(8)], "positive": [f"the answer to {i}" for i in range(8)]}
@@ -60,8 +65,8 @@ def folder(tmp_path):
     return save
 
 
-def three_steps(trainer_class, arguments_class, model, data, loss, folder) -> list[float]:
-    """Train with the stock trainer and nothing added; the losses."""
+def three_steps(trainer_class, arguments_class, model, data, loss, folder, callbacks=()) -> list[float]:
+    """Train with the stock trainer and nothing added but `callbacks`; the losses."""
     arguments = arguments_class(
         output_dir=str(folder),
         max_steps=3,
@@ -77,7 +82,8 @@ def three_steps(trainer_class, arguments_class, model, data, loss, folder) -> li
         disable_tqdm=True,
     )
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trainer = trainer_class(model=model, args=arguments, train_dataset=Dataset.from_dict(data), loss=loss)
+    data = Dataset.from_dict(data)
+    trainer = trainer_class(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=list(callbacks))
     trainer.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert any(".router." in name for name in moved)
@@ -127,6 +133,37 @@ def test_sparse_encoder_encodes_and_trains(shape, folder, tmp_path):
     losses = three_steps(SparseEncoderTrainer, SparseEncoderTrainingArguments, model, PAIRS, loss, tmp_path / "run")
     assert len(losses) == 3
     assert np.isfinite(losses).all()
+
+
+def test_models_without_dense_vectors_train_with_the_router_callback(folder, tmp_path):
+    """It follows the drift of vectors; a reranker has none, other models have sparse ones, or one for each token."""
+    reranker = CrossEncoder(folder(HagMoeForSequenceClassification, "bert", num_labels=1), device="cpu")
+    data = {"query": ["same"] * 4 + ["other"] * 4, "text": ["same"] * 8, "label": [1.0] * 4 + [0.0] * 4}
+    loss = BinaryCrossEntropyLoss(reranker)
+    classes = CrossEncoderTrainer, CrossEncoderTrainingArguments
+    assert three_steps(*classes, reranker, data, loss, tmp_path / "reranker", [RouterCallback()])
+
+    sparse = SparseEncoder(modules=[MLMTransformer(folder(HagMoeForMaskedLM, "bert")), SpladePooling()], device="cpu")
+    ranking = SparseMultipleNegativesRankingLoss(sparse)
+    loss = SpladeLoss(sparse, ranking, document_regularizer_weight=1e-6, query_regularizer_weight=1e-6)
+    classes = SparseEncoderTrainer, SparseEncoderTrainingArguments
+    assert three_steps(*classes, sparse, PAIRS, loss, tmp_path / "sparse", [RouterCallback()])
+
+    late = MultiVectorEncoder(folder(HagMoeModel, "bert"), device="cpu")
+    loss = MultiVectorMultipleNegativesRankingLoss(late)
+    classes = MultiVectorEncoderTrainer, MultiVectorEncoderTrainingArguments
+    assert three_steps(*classes, late, PAIRS, loss, tmp_path / "late", [RouterCallback()])
+
+
+def test_stock_pipelines_take_a_mixture_without_a_complaint(folder, monkeypatch):
+    """`pipeline` logs as an error that a class it was not told of is not supported: users would stop there."""
+    monkeypatch.setattr(pipelines.base.logger, "error", pytest.fail)
+    classify = pipeline("text-classification", model=folder(HagMoeForSequenceClassification, "bert", num_labels=3))
+    assert classify(TEXTS[0])[0]["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
+    tag = pipeline("token-classification", model=folder(HagMoeForTokenClassification, "bert", num_labels=3))
+    assert len(tag(TEXTS[0])) == 4
+    fill = pipeline("fill-mask", model=folder(HagMoeForMaskedLM, "bert"))
+    assert len(fill("free the [MASK] space", top_k=5)) == 5
 
 
 @each_shape

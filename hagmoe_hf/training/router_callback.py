@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -31,7 +32,8 @@ class RouterCallback(TrainerCallback, ExportableState):
     since the last entry, `max_vio_batch` of the last step, `confidence` (mean probability of the chosen expert), and
     `pair_agreement` (share of first and second texts of a pair whose most probable group is the same; sequence routing
     only). Over all layers: `router/aux_loss`, `router/z_loss` (both before their weights; the logged `loss` is without
-    them), and `router/drift`, 1 minus the mean cosine between the vectors of some training texts now and at the start.
+    them), and `router/drift`, 1 minus the mean cosine between the vectors of some training texts now and at the start
+    (only of models that give a text one dense vector).
 
     A loop without trainer gives its model and its loss (a module) to `on_train_begin(None, TrainerState(), None, model=...,
     loss=...)` and calls `on_step_end(None, state, None)` after every optimizer step, and `on_train_end` last; nothing is
@@ -217,15 +219,16 @@ class RouterCallback(TrainerCallback, ExportableState):
         if not self.probe_size or not hasattr(model, "encode") or dataset is None or "probe_vectors" in self.saved:
             return
         texts = _first_texts(dataset, self.probe_size)
-        if texts:
+        vectors = _encode(model, texts) if texts else None
+        if vectors is not None:
             self.saved["probe_texts"] = texts
-            self.saved["probe_vectors"] = _encode(model, texts).tolist()
+            self.saved["probe_vectors"] = vectors.tolist()
 
     def _drift(self, model: nn.Module) -> dict[str, float]:
         if "probe_vectors" not in self.saved:
             return {}
         start = torch.tensor(self.saved["probe_vectors"])
-        now = _encode(model, self.saved["probe_texts"])
+        now = cast(Tensor, _encode(model, self.saved["probe_texts"]))
         return {"router/drift": float(1 - nn.functional.cosine_similarity(now, start).mean())}
 
     def _tensors(self) -> dict[str, tuple[Any, str]]:
@@ -335,9 +338,13 @@ def _first_texts(dataset: Any, number: int) -> list[str]:
     return texts
 
 
-def _encode(model: Any, texts: list[str]) -> Tensor:
-    """(texts, D) float32 vectors on CPU; the model's mode stays as it was."""
+def _encode(model: Any, texts: list[str]) -> Tensor | None:
+    """(texts, D) float32 vectors on CPU; the model's mode stays as it was.
+
+    None where a text has no dense vector: a SparseEncoder's is as long as the vocabulary, too long to be kept in every
+    checkpoint's JSON, and a MultiVectorEncoder has one for each token. Only a SentenceTransformer gives NumPy by default.
+    """
     training = model.training
-    vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    vectors = model.encode(texts, show_progress_bar=False)
     model.train(training)
-    return vectors
+    return torch.from_numpy(vectors).float() if isinstance(vectors, np.ndarray) else None
