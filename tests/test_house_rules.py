@@ -32,6 +32,7 @@ RANKS = {
     "export": 4,
     "training": 4,
     "analysis": 5,
+    "bulk": 5,
     "demo": 6,
     "benchmark": 7,
     "cli": 8,
