@@ -2,11 +2,11 @@
 
     python scripts/bulk_check.py PAIRS.parquet docs/results/bulk-check.json --layers 3 --max-seq-length 16
 
-Upcycles all-MiniLM-L6-v2, or its first `--layers`, and moves the experts apart (freshly upcycled ones are equal). Takes texts
-spread over PAIRS (columns `anchor` and `positive`), writes them to four files, and starts `hagmoe encode`; kills it, with its
-children, at a third and at two thirds; starts it a third time, and lets it end. Then compares: ids of all rows, in order; the
-vectors of every `--every`-th row with a plain `encode` that has never seen a shard. The script itself goes on where it was
-stopped.
+Upcycles all-MiniLM-L6-v2, or its first `--layers`, and moves the experts apart (freshly upcycled ones are equal). Takes
+texts spread over PAIRS (columns `anchor` and `positive`), writes them to four files, and starts `hagmoe encode`; kills it,
+with its children, at a third and at two thirds; starts it a third time, and lets it end. Then compares: ids of all rows, in
+order; the vectors of every `--every`-th row with a plain `encode` that has never seen a shard. The script itself goes on
+where it was stopped.
 """
 
 import argparse
