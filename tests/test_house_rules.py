@@ -33,6 +33,7 @@ RANKS = {
     "training": 4,
     "analysis": 5,
     "bulk": 5,
+    "serving": 5,
     "demo": 6,
     "benchmark": 7,
     "cli": 8,

@@ -22,6 +22,7 @@ from .encode import encode
 from .export import export
 from .importing import import_nomic_moe_command
 from .push import push
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -117,6 +118,7 @@ app.command()(benchmark)
 app.command()(encode)
 app.command()(export)
 app.command()(push)
+app.command()(serve)
 app.command("import-nomic-moe")(import_nomic_moe_command)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
