@@ -22,6 +22,8 @@ def encode(
     max_seq_length: Annotated[int | None, typer.Option(help="Cut texts after so many tokens.", min=1)] = None,
 ) -> None:
     """Encode a corpus that does not fit in memory with MODEL, to parquet; a killed run goes on where it stopped."""
+    from accelerate import PartialState
+
     from ..bulk import encode as encode_library
 
     report = encode_library(
@@ -36,5 +38,4 @@ def encode(
         max_seq_length=max_seq_length,
         show_progress_bar=True,
     )
-    print(report)
-    print(f"Written: {out}/shards")
+    PartialState().print(f"{report}\nWritten: {out}/shards")  # one process reports
