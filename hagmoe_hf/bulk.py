@@ -211,7 +211,7 @@ def load(
 
     Args:
         model: A `SentenceTransformer`, or its folder or Hub id.
-        max_seq_length: Tokens after which a text is cut; the model's own by default.
+        max_seq_length: Tokens after which a text is cut, set on the model; its own by default.
         device: Where to load it.
 
     Raises:
