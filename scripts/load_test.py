@@ -88,7 +88,7 @@ def some_texts(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     texts = []
     for _ in range(count):
-        length = min(400, int(np.exp(draw.uniform(0, np.log(120)))) + (300 if draw.random() < 0.01 else 0))
+        length = min(400, int(np.exp(draw.uniform(0, np.log(40)))) + (300 if draw.random() < 0.01 else 0))
         start = draw.randrange(len(words) - length)
         texts.append(" ".join(words[start : start + length])[:MAX_CHARACTERS])
     return texts
