@@ -275,6 +275,13 @@ def workers(pid: int) -> list[int]:
     return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
+def kept(file: Path, phase: Callable[..., dict], *arguments) -> dict:
+    """What a phase found; once it has ended, it is not run again in this folder."""
+    if not file.exists():
+        write_text(file, json.dumps(phase(*arguments)))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Run the three phases and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -294,10 +301,11 @@ def main() -> None:
     texts = some_texts(args.texts, args.seed)
     expected = SentenceTransformer(str(model), device="cpu").encode(texts, show_progress_bar=True)
     good = [ask for ask in asks(texts, args.requests // 5, args.seed + 1) if ask.status == 200]
+    mixed = asks(texts, args.requests, args.seed)
     phases = {
-        "load": load(model, expected, asks(texts, args.requests, args.seed), args.clients, args.port),
-        "burst": burst(model, expected, good[: len(good) // 4], 2 * args.clients, args.port + 1),
-        "killed_worker": killed(model, expected, good, args.clients, args.port + 2),
+        "load": kept(args.work / "load.json", load, model, expected, mixed, args.clients, args.port),
+        "burst": kept(args.work / "burst.json", burst, model, expected, good[::4], 2 * args.clients, args.port + 1),
+        "killed_worker": kept(args.work / "killed.json", killed, model, expected, good, args.clients, args.port + 2),
     }
     words = [len(text.split()) for text in texts]
     result = {
