@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -175,7 +176,7 @@ def encode(
     except ImportError as error:
         raise ImportError("This needs accelerate: pip install hagmoe_hf[sentence]") from error
     # The others wait while the main process reads the input, and at the end for the slowest
-    state = PartialState(timeout=timedelta(days=365))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=365))
     model = load(model, max_seq_length, device=str(state.device))
     with ExitStack() as stack:
         plans: list[Any] = [None]

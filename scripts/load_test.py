@@ -272,7 +272,8 @@ def killed(model: Path, expected: np.ndarray, requests: list[Ask], clients: int,
 def workers(pid: int) -> list[int]:
     """The processes of a server that answer requests."""
     children = psutil.Process(pid).children()
-    return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child.pid for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
 
 def kept(file: Path, phase: Callable[..., dict], *arguments) -> dict:

@@ -275,7 +275,8 @@ def test_a_killed_worker_is_replaced_and_its_requests_end_in_an_error(tiny_paren
 
     def workers() -> list[int]:
         children = psutil.Process(process.pid).children()
-        return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+        alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child.pid for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
     def send(place: int) -> str:
         if place == 150:
