@@ -1,12 +1,12 @@
 """Bulk encoding of real texts, killed twice with kill -9, against one plain `encode` of the same texts.
 
-    python scripts/bulk_check.py PAIRS.parquet docs/results/bulk-check.json --layers 3 --max-seq-length 16
+    python scripts/bulk_check.py PAIRS.parquet docs/results/bulk-check.json --random-layers 3 --every 10
 
-Upcycles all-MiniLM-L6-v2, or its first `--layers`, and moves the experts apart (freshly upcycled ones are equal). Takes
-texts spread over PAIRS (columns `anchor` and `positive`), writes them to four files, and starts `hagmoe encode`; kills it,
-with its children, at a third and at two thirds; starts it a third time, and lets it end. Then compares: ids of all rows, in
-order; the vectors of every `--every`-th row with a plain `encode` that has never seen a shard. The script itself goes on
-where it was stopped.
+Upcycles all-MiniLM-L6-v2, or with `--random-layers` a small random encoder with its tokenizer (rows and restarts are what is
+checked, so meaning is not needed), and moves the experts apart (freshly upcycled ones are equal). Takes texts spread over
+PAIRS (columns `anchor` and `positive`), writes them to four files, and starts `hagmoe encode`; kills it, with its children,
+at a third and at two thirds; starts it a third time, and lets it end. Then compares: ids of all rows, in order; the vectors
+of every `--every`-th row with a plain `encode` that has never seen a shard. The script itself goes on where it was stopped.
 """
 
 import argparse
@@ -28,8 +28,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import torch
 from export_check import move_apart
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import BertConfig, BertModel
 
 from hagmoe_hf import upcycle
 from hagmoe_hf.demo import parent_folder
@@ -40,12 +43,15 @@ FILES = 4
 LARGEST_DIFFERENCE = 1e-5
 
 
-def mixture(layers: int) -> SentenceTransformer:
-    """The upcycled parent, or what its first layers make, with experts that differ."""
+def mixture(layers: int | None) -> SentenceTransformer:
+    """The upcycled parent, or with `layers` a small random mixture with its tokenizer; experts differ."""
     parent = SentenceTransformer(str(parent_folder()), device="cpu")
-    encoder = parent[0].model
-    encoder.encoder.layer = encoder.encoder.layer[:layers]
-    encoder.config.num_hidden_layers = layers
+    if layers is not None:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": layers}
+        config = BertConfig(**{**parent[0].model.config.to_dict(), **sizes, "initializer_range": 0.3})
+        parent[0].model = BertModel(config).eval()
+        parent[1] = Pooling(config.hidden_size)
     return move_apart(upcycle(parent))
 
 
@@ -69,7 +75,16 @@ def shards(out: Path) -> int:
 def run(model: Path, texts: Path, out: Path, max_seq_length: int, kill_at: int | None) -> dict:
     """Run the command to its end, or kill it and its children as soon as `kill_at` shards are whole."""
     command = [sys.executable, str(Path(__file__).parent / "encode.py"), str(model), str(texts), "--out", str(out)]
-    command += ["--id-column", "id", "--max-seq-length", str(max_seq_length), "--shard-rows", str(SHARD_ROWS)]
+    command += [
+        "--id-column",
+        "id",
+        "--max-seq-length",
+        str(max_seq_length),
+        "--shard-rows",
+        str(SHARD_ROWS),
+        "--batch-size",
+        "128",
+    ]
     before, start = shards(out), time.monotonic()
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     if kill_at is not None:
@@ -109,7 +124,7 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--texts", type=int, default=200_000)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--random-layers", type=int)
     parser.add_argument("--max-seq-length", type=int, default=32)
     parser.add_argument("--every", type=int, default=1, help="compare the vectors of every n-th row")
     parser.add_argument("--work", type=Path, default=Path("build/bulk"))
@@ -117,7 +132,7 @@ def main() -> None:
     model, texts, out, notes = (args.work / name for name in ("model", "texts", "vectors", "runs.json"))
     args.work.mkdir(parents=True, exist_ok=True)
     if not model.is_dir():
-        mixture(args.layers).save_pretrained(str(args.work / "model-partial"))
+        mixture(args.random_layers).save_pretrained(str(args.work / "model-partial"))
         (args.work / "model-partial").rename(model)
     if not texts.is_dir():
         write_input(args.pairs, args.texts, args.work / "texts-partial")
@@ -143,7 +158,9 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()} CPU, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}, shared with other work",
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "pyarrow")},
-        "model": f"{args.layers} of the 6 layers of all-MiniLM-L6-v2, upcycled, experts moved apart by noise",
+        "model": "all-MiniLM-L6-v2, upcycled"
+        if args.random_layers is None
+        else f"{args.random_layers} random layers of width 64, upcycled",
         "max_seq_length": args.max_seq_length,
         "input_rows": len(read),
         "shards": len(files),

@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--texts", type=int, default=2000, help="different texts")
+    parser.add_argument("--texts", type=int, default=500, help="different texts")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--work", type=Path, default=Path("build/load"))
     parser.add_argument("--seed", type=int, default=0)
@@ -301,12 +301,12 @@ def main() -> None:
         (args.work / "partial").rename(model)
     texts = some_texts(args.texts, args.seed)
     expected = SentenceTransformer(str(model), device="cpu").encode(texts, show_progress_bar=True)
-    good = [ask for ask in asks(texts, args.requests // 5, args.seed + 1) if ask.status == 200]
     mixed = asks(texts, args.requests, args.seed)
+    good = [ask for ask in asks(texts, args.requests // 10, args.seed + 1) if ask.status == 200]
     phases = {
-        "load": kept(args.work / "load.json", load, model, expected, mixed, args.clients, args.port),
+        "killed_worker": kept(args.work / "killed.json", killed, model, expected, good, args.clients, args.port),
         "burst": kept(args.work / "burst.json", burst, model, expected, good[::4], 2 * args.clients, args.port + 1),
-        "killed_worker": kept(args.work / "killed.json", killed, model, expected, good, args.clients, args.port + 2),
+        "load": kept(args.work / "load.json", load, model, expected, mixed, args.clients, args.port + 2),
     }
     words = [len(text.split()) for text in texts]
     result = {
