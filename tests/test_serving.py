@@ -44,14 +44,14 @@ class Slow:
         self.seconds, self.batches = seconds, []
 
     def get_embedding_dimension(self) -> int:
-        return 4
+        return 16
 
     def encode(self, texts, **options) -> np.ndarray:
         self.batches.append(list(texts))
         time.sleep(self.seconds)
         if "fail" in texts:
             raise RuntimeError("out of memory")
-        return np.array([[len(text), 0, 0, 1] for text in texts], dtype=np.float32)
+        return np.array([[len(text)] + [0.0] * 15 for text in texts], dtype=np.float32)
 
     def tokenizer(self, texts, **options) -> dict:
         return {"input_ids": [[0] * len(text.split()) for text in texts]}
@@ -255,8 +255,8 @@ def test_a_cancelled_request_leaves_the_queue():
 
 
 def test_dimensions_that_the_model_does_not_have_are_refused_at_the_start():
-    with pytest.raises(ValueError, match=r"dimensions=\[5\] is not possible; allowed: 1 to 4"):
-        create_app(Slow(), Settings("", "tiny", dimensions=(5,)))
+    with pytest.raises(ValueError, match=r"dimensions=\[17\] is not possible; allowed: 1 to 16"):
+        create_app(Slow(), Settings("", "tiny", dimensions=(17,)))
     with pytest.raises(ValueError, match="is no SentenceTransformer"):
         serving.serve(Settings(str(ROOT), "x"))
 
