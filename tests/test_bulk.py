@@ -227,6 +227,7 @@ def test_two_processes_share_the_shards(tiny_parent, model, corpus, tmp_path):
     assert np.abs(vectors - model.encode(corpus[:90])).max() <= BOUND
 
 
+@pytest.mark.slow
 def test_ray_writes_the_same_shards(tiny_parent, model, corpus, tmp_path):
     """`scripts/encode_ray.py` on a local cluster of two actors."""
     pytest.importorskip("ray.data", reason="needs Ray: pip install hagmoe_hf[ray]")
