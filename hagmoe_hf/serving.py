@@ -399,8 +399,9 @@ def serve(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, work
             port=port,
             workers=workers,
             access_log=False,
-            # A worker may be silent while it loads a large model; the default of 5 s would kill it for that
-            timeout_worker_healthcheck=120,
+            # How long the parent waits for a sign of life, also of a dead worker, before it replaces it: a worker that
+            # imports torch is silent for longer than the default of 5 s
+            timeout_worker_healthcheck=30,
         )
 
 
