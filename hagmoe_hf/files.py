@@ -38,6 +38,27 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` to write to; renamed when the block ends well, removed when it fails.
+
+    The content is on the disk before the name is: neither kill -9 nor a power cut leaves half a file named `path`.
+
+    Args:
+        path: The file to be; its folders are made, one of that name is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all; one of that name is replaced.
 
@@ -45,10 +66,8 @@ def write_text(path: Path, text: str) -> None:
         path: The file to be; its folders are made.
         text: What it holds, as UTF-8.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_figure(figure: Any, path: str | os.PathLike, dpi: int = 120) -> Path:

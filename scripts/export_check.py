@@ -34,9 +34,8 @@ PACKAGES = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscrip
 
 
 @torch.no_grad()
-def moved_apart(seed: int = 0) -> SentenceTransformer:
-    """The upcycled parent with experts that differ."""
-    mixture = upcycle(SentenceTransformer(str(parent_folder()), device="cpu"))
+def move_apart(mixture: SentenceTransformer, seed: int = 0) -> SentenceTransformer:
+    """Add noise to each expert, in place, so that they differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in mixture[0].model.named_parameters():
         if ".experts." in name:
@@ -123,7 +122,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.work / "mixture"
     if not folder.is_dir():
-        export(moved_apart(), folder, read_corpus()[0], int8=True)
+        export(
+            move_apart(upcycle(SentenceTransformer(str(parent_folder()), device="cpu"))), folder, read_corpus()[0], int8=True
+        )
     result = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.is_file() else {}
     result["parent"] = "all-MiniLM-L6-v2"
     result["machine"] = f"{platform.machine()} CPU"

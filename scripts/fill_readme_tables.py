@@ -211,12 +211,63 @@ def trace_speed() -> str:
     )
 
 
+def load() -> str:
+    """The server under load, in a burst, and with a worker killed."""
+    path = RESULTS / "load-test.json"
+    if not path.exists():
+        return "Not measured yet: `python scripts/load_test.py docs/results/load-test.json` does it."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    head = "| | requests | statuses (0: connection broken) | wrong vectors | largest difference from `encode` | texts/s |"
+    rows = [f"{head} p50, p95 of answers |", "|---|---|---|---|---|---|---|"]
+    names = {"load": "mixed, one in ten broken", "burst": "burst at a short queue", "killed_worker": "workers killed"}
+    for key, name in names.items():
+        phase = result[key]
+        statuses = ", ".join(f"{count} x {status}" for status, count in phase["statuses"].items())
+        cells = [
+            f"{phase['requests']:,}",
+            statuses,
+            str(phase["wrong_vectors"]),
+            f"{phase['largest_difference_from_encode']:.1e}",
+            f"{phase['texts_per_second']:.0f}",
+            f"{phase['p50_seconds']:.2f} s, {phase['p95_seconds']:.2f} s",
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows.append(
+        f"\n{result['clients']} clients (twice as many in the burst); statuses other than the right one for their request: "
+        f"{result['load']['unexpected_statuses']}; {result['model']}; {result['machine']}; {result['date']}; "
+        f"`{result['command']}`"
+    )
+    return "\n".join(rows)
+
+
+def bulk() -> str:
+    """A bulk encoding that was killed twice, against plain encoding."""
+    path = RESULTS / "bulk-check.json"
+    if not path.exists():
+        return "Not measured yet: `python scripts/bulk_check.py PAIRS.parquet docs/results/bulk-check.json` does it."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["| run | ended by | shards before | shards after | seconds |", "|---|---|---|---|---|"]
+    for number, run in enumerate(result["runs"], start=1):
+        end = "kill -9" if run["returncode"] < 0 else "its end"
+        rows.append(f"| {number} | {end} | {run['shards_before']} | {run['shards_after']} | {run['seconds']:.0f} |")
+    rows.append(
+        f"\n{result['input_rows']:,} rows in, {result['output_rows']:,} out; numbered in order: "
+        f"{result['rows_numbered_in_order']}; ids of all rows equal, in order: {result['ids_equal_in_order']}; "
+        f"{result['vectors_compared']:,} vectors compared with plain `encode`: largest difference "
+        f"{result['largest_difference_from_plain_encode']:.1e}. {result['model']}, {result['max_seq_length']} tokens; "
+        f"last run: {result['runs'][-1]['printed'][0]}; {result['machine']}; {result['date']}; `{result['command']}`"
+    )
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
+    "bulk": bulk,
     "exactness": exactness,
     "exactness_summary": exactness_summary,
     "gpu": gpu,
     "gpu_speed": gpu_speed,
+    "load": load,
     "planted": planted,
     "quality": quality,
     "specialization": specialization,
@@ -225,7 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "times_readme": lambda: times("README.md"),
     "trace_speed": trace_speed,
 }
-FILES = (README, *(ROOT / f"docs/{name}.md" for name in ("analysis", "quickstart", "upcycling")))
+FILES = (README, *(ROOT / f"docs/{name}.md" for name in ("analysis", "quickstart", "serving", "upcycling")))
 
 
 def filled(text: str) -> str:

@@ -32,6 +32,8 @@ RANKS = {
     "export": 4,
     "training": 4,
     "analysis": 5,
+    "bulk": 5,
+    "serving": 5,
     "demo": 6,
     "benchmark": 7,
     "cli": 8,
@@ -131,7 +133,9 @@ def test_the_readmes_file_tree_is_the_tree_on_disk():
     drawn = {line.split()[0] for line in tree.splitlines()}
     inside = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir()} - {"__pycache__/", "py.typed"}
     folders = {
-        f"{path}/" for path in ("hagmoe_hf", "tests", "scripts", "docs", "examples", "model_cards") if (ROOT / path).is_dir()
+        f"{path}/"
+        for path in ("hagmoe_hf", "tests", "scripts", "docs", "deploy", "examples", "model_cards")
+        if (ROOT / path).is_dir()
     }
     assert drawn == inside | folders
 

@@ -18,9 +18,11 @@ from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
 from .analyze import analyze
 from .benchmark import benchmark
+from .encode import encode
 from .export import export
 from .importing import import_nomic_moe_command
 from .push import push
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -113,8 +115,10 @@ def demo(
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
 app.command()(analyze)
 app.command()(benchmark)
+app.command()(encode)
 app.command()(export)
 app.command()(push)
+app.command()(serve)
 app.command("import-nomic-moe")(import_nomic_moe_command)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
