@@ -9,20 +9,22 @@ from pathlib import Path
 
 import pytest
 
+import hagmoe_hf
+
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "hagmoe_hf"
+PACKAGE = Path(hagmoe_hf.__file__).parent  # of the wheel, where only that is installed
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # A room knows only rooms of lower rank, and itself.
 RANKS = {
     "version": 0,
     "files": 0,
-    "model_card": 0,
     "sentence": 0,
     "configuration_hagmoe": 0,
     "families": 0,
     "kernels_hagmoe": 0,
     "routing_hagmoe": 0,
+    "model_card": 1,
     "modeling_hagmoe": 1,
     "importing": 2,
     "hub": 2,

@@ -18,6 +18,7 @@ from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
 from .analyze import analyze
 from .benchmark import benchmark
+from .card import card
 from .export import export
 from .importing import import_nomic_moe_command
 from .push import push
@@ -113,6 +114,7 @@ def demo(
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
 app.command()(analyze)
 app.command()(benchmark)
+app.command()(card)
 app.command()(export)
 app.command()(push)
 app.command("import-nomic-moe")(import_nomic_moe_command)
