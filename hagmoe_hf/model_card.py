@@ -189,8 +189,8 @@ def _compared(evaluation: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
     """How the first model of an evaluation stands beside another one, worst first.
 
     Returns:
-        `label`, `macro` and `tasks`: scores and differences; `verdict` is "worse" or "better" where the interval leaves out 0,
-        "lower" or "level" where it does not.
+        `label`, `macro` and `tasks`: scores and differences; `verdict` is "worse" or "better" where the interval leaves out
+        0, "lower" or "level" where it does not.
     """
     model, gaps = evaluation["models"][0], other["difference"]
     tasks = [

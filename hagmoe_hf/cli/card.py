@@ -17,7 +17,7 @@ from ..model_card import measured_card
 def card(
     model: Annotated[Path, typer.Argument(help="Folder of a trained mixture, or its config.json.")],
     out: Annotated[Path, typer.Argument(help="The card to write, such as MODEL/README.md; one that is there is replaced.")],
-    name: Annotated[str | None, typer.Option(help="What the card calls the model; the name of OUT's folder by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model; by default that of OUT's folder.")] = None,
     base_model: Annotated[str | None, typer.Option(help="The parent's Hub id.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the weights, such as apache-2.0.")] = None,
     training: Annotated[Path | None, typer.Option(help="The YAML file of `hagmoe train`.")] = None,

@@ -91,7 +91,7 @@ def save_whole(arguments: TrainingArguments, folder: Path, save: Callable[[str],
         return
     with new_folder(folder) as partial:
         save(str(partial))
-        (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and `hagmoe push` refuses those; checkpoints keep it
+        (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which `hagmoe push` refuses
         card = partial / "README.md"
         card.write_text(trained_card(card.read_text(encoding="utf-8"), str(report)), encoding="utf-8")
     say(arguments, f"Written: {folder}")
