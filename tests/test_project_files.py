@@ -25,7 +25,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(hagmoe_hf.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-FORMS = sorted(path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+ISSUE_FILES = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+SCHEMAS = {
+    "github-workflows": WORKFLOWS,
+    "github-issue-forms": [path for path in ISSUE_FILES if path.stem != "config"],
+    "github-issue-config": [path for path in ISSUE_FILES if path.stem == "config"],
+    "citation-file-format": [ROOT / "CITATION.cff"],
+}
 
 
 def requirements() -> list[Requirement]:
@@ -74,14 +80,13 @@ def test_the_citation_is_of_this_version():
     assert citation["license"] == PROJECT["license"]
 
 
-def test_workflows_and_issue_forms_are_what_github_accepts():
-    """GitHub tells of a mistake in them only after they are merged, or not at all."""
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_what_github_reads_is_what_it_accepts(schema):
+    """GitHub tells of a mistake in these files only after they are merged, or not at all."""
     pytest.importorskip("check_jsonschema")
-    for schema, files in (("github-workflows", WORKFLOWS), ("github-issue-forms", FORMS)):
-        assert files
-        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, files)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, SCHEMAS[schema])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_workflows_run_make_targets_that_exist():
