@@ -32,10 +32,10 @@ def card(
         command=shlex.join(["hagmoe", *sys.argv[1:]]),
         base_model=base_model,
         license=license,
-        training=training and _mapping(training),
-        data=data and _mapping(data),
-        evaluation=evaluation and _mapping(evaluation),
-        benchmark=benchmark and _mapping(benchmark),
+        training=_mapping(training) if training else None,
+        data=_mapping(data) if data else None,
+        evaluation=_mapping(evaluation) if evaluation else None,
+        benchmark=_mapping(benchmark) if benchmark else None,
     )
     write_text(out, text)
     print(f"Written: {out}")
