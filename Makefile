@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo kit kit-baseline benchmark test test-all lint format docs clean
+.PHONY: help install demo kit kit-baseline benchmark cards test test-all test-lowest wheel-test lint format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,11 +43,24 @@ benchmark: $(READY) ## Rebuild docs/results/benchmark.*: mixture, parent and riv
 	$(BIN)/hagmoe benchmark build/all-MiniLM-L6-v2 -o build/bench --rounds 4
 	for kind in json md png; do cp build/bench/benchmark.$$kind docs/results/benchmark.$$kind; done
 
+cards: $(READY) ## Rebuild model_cards/ from the committed results
+	$(BIN)/hagmoe card docs/results/first-run-config.json model_cards/all-MiniLM-L6-v2-hagmoe-first-run/README.md \
+		--base-model sentence-transformers/all-MiniLM-L6-v2 --license apache-2.0 --training docs/results/first-run.yaml \
+		--data docs/results/first-run-data.json --evaluation docs/results/first-run-kit.json --benchmark docs/results/benchmark.json
+
 test: $(READY) ## Run the tests (under 15 minutes on 2 cores)
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY) ## Run all tests, the slow ones included
 	$(PYTEST)
+
+test-lowest: ## Run the tests with the lowest versions that pyproject.toml allows, in build/lowest
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[test]"
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+wheel-test: ## Build the wheel, install it alone in a fresh environment, and run the tests without the source tree
+	PYTHON=$(PYTHON) scripts/wheel_test.sh
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

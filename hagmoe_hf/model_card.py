@@ -1,6 +1,19 @@
-"""Model cards, filled from what the code knows; no number in them is typed by hand."""
+"""Model cards, filled from what the code knows; no number in them is typed by hand.
 
-from huggingface_hub import ModelCard, ModelCardData
+A card is written when a model is upcycled, made true when it was trained, replaced by a whole one when it was measured
+(`hagmoe card`), and completed when it is published.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_hagmoe import HagMoeConfig
+
+TEMPLATE = Path(__file__).with_suffix(".md")
+TAGS = ("sentence-transformers", "mixture-of-experts", "hagmoe")
 
 USAGE = """```python
 import hagmoe_hf  # registers the architecture, once per process
@@ -17,6 +30,9 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("path/or/hub-id/of/this/model")
 ```"""
+REGISTERED = "import hagmoe_hf  # registers the architecture, once per process\n"
+STOCK_INSTALL = "pip install -U sentence-transformers"
+STOCK_IMPORT = "from sentence_transformers import SentenceTransformer\n"
 PLACEHOLDERS = ("path/or/hub-id/of/this/model", "sentence_transformers_model_id")
 
 
@@ -37,7 +53,7 @@ def published_card(card: str, repo_id: str, is_sentence_transformer: bool) -> st
         card = f"---\n{head.to_yaml()}\n---\n\n# HAG-MoE\n\nA mixture-of-experts text encoder.\n"
     if "import hagmoe_hf" not in card:
         card = f"{card.rstrip()}\n\n## Load\n\n{usage}\n"
-    without_package = usage.replace("import hagmoe_hf  # registers the architecture, once per process\n", "")
+    without_package = usage.replace(REGISTERED, "")
     without_package = without_package.replace('of/this/model")', 'of/this/model", trust_remote_code=True)')
     card = f"{card.rstrip()}\n\n## Load without hagmoe_hf\n\nThe code beside the weights needs `requirements.txt`.\n\n"
     card += f"{without_package}\n"
@@ -61,7 +77,7 @@ def upcycled_card(report: str, parent_card: str) -> str:
     head = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        tags=["sentence-transformers", "mixture-of-experts", "hagmoe"],
+        tags=list(TAGS),
         **inherited,
     )
     body = f"""# HAG-MoE, upcycled
@@ -78,3 +94,134 @@ its vectors are its parent's, and its router has learned nothing yet.
     if parent.text.strip():
         body += f"\n# The parent's model card\n\n{parent.text.strip()}\n"
     return f"---\n{head.to_yaml()}\n---\n\n{body}"
+
+
+def trained_card(card: str, rows: str) -> str:
+    """sentence-transformers' own card of a trained model, with what loading a HAG-MoE needs, and what was read to train it.
+
+    Args:
+        card: What sentence-transformers generated.
+        rows: The printed report of the rows.
+    """
+    if REGISTERED not in card:
+        card = card.replace(STOCK_INSTALL, 'pip install "hagmoe_hf[sentence]"', 1)
+        card = card.replace(STOCK_IMPORT, REGISTERED + STOCK_IMPORT, 1)
+        card = f"{card.rstrip()}\n\n## Rows trained on\n\n```\n{rows}\n```\n"
+    return card
+
+
+def measured_card(
+    config: HagMoeConfig,
+    *,
+    name: str,
+    command: str,
+    base_model: str | None = None,
+    license: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    benchmark: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole card of a trained mixture; of what was not given it says that it was not measured or not stated.
+
+    Args:
+        config: The mixture's.
+        name: What the card calls the model.
+        command: What was typed to make the card.
+        base_model: The parent's Hub id.
+        license: Of the weights, as the Hub abbreviates it, such as "apache-2.0".
+        training: Options of `hagmoe train`, as in its YAML file.
+        data: A run's `data_report.json`.
+        evaluation: The report.json of `hagmoe evaluate`, the model first; what it is bad at is said beside the others in it.
+        benchmark: The benchmark.json of `hagmoe benchmark`, of a mixture of this shape.
+
+    Returns:
+        Markdown with a YAML head, in which the Hub finds the scores (`model-index`).
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    head = ModelCardData(
+        language=sorted(evaluation["models"][0]["languages"]) if evaluation else None,
+        license=license,
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        base_model=base_model,
+        tags=list(TAGS),
+        model_name=name,
+        eval_results=_eval_results(evaluation) if evaluation else None,
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        head=head.to_yaml(),
+        usage=USAGE,
+        config=config,
+        counts=config.parameter_counts(),
+        name=name,
+        command=command,
+        base_model=base_model,
+        license=license,
+        training=training,
+        data=data,
+        evaluation=evaluation,
+        comparisons=[_compared(evaluation, other) for other in evaluation["models"][1:]] if evaluation else [],
+        benchmark=benchmark,
+        speeds=_speeds(benchmark) if benchmark else {},
+    )
+
+
+def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    """The scores of an evaluation's first model, as the Hub lists them."""
+    return [
+        EvalResult(
+            task_type=task["type"],
+            dataset_type="hagmoe-kit",
+            dataset_name=f"{task_name} ({task['domain']})",
+            dataset_config=task_name,
+            dataset_revision=task["revision"],
+            metric_type=task["metric"],
+            metric_value=task["score"],
+        )
+        for task_name, task in evaluation["models"][0]["tasks"].items()
+    ]
+
+
+def _compared(evaluation: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """How the first model of an evaluation stands beside another one, worst first.
+
+    Returns:
+        `label`, `macro` and `tasks`: scores and differences; `verdict` is "worse" or "better" where the interval leaves out
+        0, "lower" or "level" where it does not.
+    """
+    model, gaps = evaluation["models"][0], other["difference"]
+    tasks = [
+        {
+            "name": name,
+            "metric": model["tasks"][name]["metric"],
+            "score": model["tasks"][name]["score"],
+            "other": other["tasks"][name]["score"],
+            "verdict": _verdict(gap),
+            **gap,
+        }
+        for name, gap in sorted(gaps["tasks"].items(), key=lambda item: item[1]["value"])
+    ]
+    macro = {**gaps["macro"], "verdict": _verdict(gaps["macro"])}
+    return {"label": other["label"], "macro": macro, "tasks": tasks}
+
+
+def _verdict(gap: Mapping[str, float | None]) -> str:
+    value, low, high = gap["value"] or 0.0, gap["low"], gap["high"]
+    if high is not None and high < 0:
+        return "worse"
+    if low is not None and low > 0:
+        return "better"
+    return "lower" if value < 0 else "level"
+
+
+def _speeds(benchmark: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Workload -> the default mixture's speed against its parent: median and quartiles."""
+    key = "speed against the parent"
+    return {
+        result["what"]: result[key]["mixture"]
+        for result in benchmark["workloads"].values()
+        if "mixture" in result.get(key, {})
+    }

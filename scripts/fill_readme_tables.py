@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import hagmoe_hf
 from hagmoe_hf.benchmark.report import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def times(page: str) -> str:
 
 def model_code_hash() -> str:
     """Twelve hex digits of the code that computes vectors: the files that travel to the Hub."""
-    files = sorted((ROOT / "hagmoe_hf").glob("*_hagmoe.py"))
+    files = sorted(Path(hagmoe_hf.__file__).parent.glob("*_hagmoe.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

@@ -84,6 +84,18 @@ def test_bad_rows_are_counted_told_and_left_out(tmp_path):
     assert "skipped 2: anchor is empty" in str(report)
 
 
+def test_languages_and_licences_are_counted_where_they_are_stated(tmp_path):
+    """Who publishes a model has to say what it learned from."""
+    rows = [{**GOOD[0], "license": "MIT"}, {**GOOD[0], "license": ""}, {**GOOD[0], "license": "MIT"}]
+    sources = [write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.parquet", GOOD)]
+    stated = {"license": {"MIT": 2, "not stated": 1 + len(GOOD)}}
+    data, report = load_rows(sources, PAIR)
+    assert report.stated == stated
+    assert "license MIT: 2" in str(report)
+    assert set(data["train"].column_names) == set(PAIR)
+    assert load_rows(sources[1:], PAIR)[1].stated == {}
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_bytes_that_are_not_utf8_are_skipped_in_other_formats_too(suffix, tmp_path):
     """A file may say that it is UTF-8 and not be."""

@@ -17,6 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.cli.main import main as hagmoe_main
+from hagmoe_hf.hub import PICKLES
 from hagmoe_hf.training.mlm import train_tokenizer
 from hagmoe_hf.training.run import main as train
 
@@ -173,6 +174,8 @@ def test_every_checkpoint_is_a_model_with_a_card(tmp_path, tiny_parent, pairs_fi
         assert 'pip install "hagmoe_hf[sentence]"' in card
         assert "MultipleNegativesRankingLoss" in card
         assert "Read 240 rows, kept 240." in card
+    pickles = [path.name for path in (tmp_path / "out/model").rglob("*") if path.suffix in PICKLES]
+    assert not pickles, "`hagmoe push` would refuse the model"
     assert torch.equal(vectors["model"], vectors["checkpoint-4"])
     assert not torch.equal(vectors["model"], vectors["checkpoint-2"])
     parent = SentenceTransformer(str(tiny_parent), device="cpu").encode(TEXTS)
@@ -304,6 +307,7 @@ def test_a_model_from_nothing_learns_masked_words_and_resumes(tmp_path, pairs_fi
     losses = [entry["loss"] for entry in history(whole, 12)]
     assert sum(losses[-3:]) < sum(losses[:3])
 
+    assert not [path for path in (whole / "mlm").iterdir() if path.suffix in PICKLES], "`hagmoe push` would refuse it"
     head = AutoModelForMaskedLM.from_pretrained(whole / "mlm")
     tokenizer = AutoTokenizer.from_pretrained(whole / "mlm")
     assert head.config.vocab_size == len(tokenizer) <= 700

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+STATED = ("lang", "license")  # columns of which the report says how many rows have which value, where they are there
+NOT_STATED = "not stated"
 WITHOUT_DOMAINS = "train"  # the one dataset's name where there is no domain column
 LABEL = "label"
 
@@ -31,18 +33,21 @@ class DataReport:
         kept: Rows to train on.
         skipped: Reason -> rows left out for it.
         domains: Domain -> rows kept.
+        stated: Column "lang" or "license", where the sources have it -> value -> rows kept.
     """
 
     read: int
     kept: int
     skipped: dict[str, int]
     domains: dict[str, int]
+    stated: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"Read {self.read} rows, kept {self.kept}."]
         lines += [f"  skipped {count}: {reason}" for reason, count in sorted(self.skipped.items())]
         if len(self.domains) > 1:
             lines += [f"  domain {name}: {count}" for name, count in self.domains.items()]
+        lines += [f"  {column} {value}: {count}" for column, of in self.stated.items() for value, count in of.items()]
         return "\n".join(lines)
 
 
@@ -79,13 +84,17 @@ def load_rows(
     if not sources:
         raise ValueError(f"train_data={list(sources)} names nothing; allowed: {_ENDINGS}, or a name for `datasets`.")
     where = dict(where or {})
-    wanted = [*dict.fromkeys([*text_columns, *filter(None, (label_column, domain_column)), *where])]
+    needed = [*dict.fromkeys([*text_columns, *filter(None, (label_column, domain_column)), *where])]
+    wanted = [*dict.fromkeys([*needed, *STATED])]
     skipped: Counter[str] = Counter()
     kept: Columns = {name: [] for name in wanted}
+    stated: set[str] = set()
     read = 0
     for source in sources:
-        columns, broken = read_columns(source, wanted, split=split)
+        columns, broken = read_columns(source, needed, STATED, split=split)
         skipped.update(broken)
+        stated.update(name for name in STATED if name in columns)
+        columns = {name: columns.get(name) or [None] * len(columns[needed[0]]) for name in wanted}
         for row in zip(*(columns[name] for name in wanted), strict=True):
             values = dict(zip(wanted, row, strict=True))
             if any(str(values[name]) != value for name, value in where.items()):
@@ -109,7 +118,14 @@ def load_rows(
         chosen = np.sort(np.random.default_rng(seed).permutation(count)[:max_rows])
     datasets = _one_dataset_per_domain(kept, chosen, text_columns, label_column, domain_column)
     domains = {name: len(dataset) for name, dataset in datasets.items()}
-    return DatasetDict(datasets), DataReport(read, len(chosen), dict(skipped), domains)
+    values = {name: _counts([kept[name][row] for row in chosen]) for name in STATED if name in stated}
+    return DatasetDict(datasets), DataReport(read, len(chosen), dict(skipped), domains, values)
+
+
+def _counts(values: Iterable[Any]) -> dict[str, int]:
+    """Value as text -> how often, the most frequent first."""
+    texts = (NOT_STATED if value is None else str(value).encode("utf-8", "replace").decode() for value in values)
+    return dict(Counter(text or NOT_STATED for text in texts).most_common())
 
 
 def refuse_too_small(datasets: Mapping[str, Any], batch_size: int, drop_last: bool, needs_two: bool) -> None:

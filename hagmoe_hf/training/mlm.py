@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..configuration_hagmoe import HagMoeConfig
 from ..files import new_folder
@@ -98,7 +99,10 @@ def train_masked_lm(
         callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(final.parent / "mlm"))
+    with_head = final.parent / "mlm"
+    trainer.save_model(str(with_head))
+    if arguments.should_save:
+        (with_head / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which `hagmoe push` refuses
     save_whole(arguments, final, lambda folder: _save_as_sentence_transformer(arguments, model, tokenizer, folder), report)
 
 

@@ -5,15 +5,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..files import new_folder
-from .card import trained_card
+from ..model_card import trained_card
 from .data import DataReport
 
 MODEL_FOLDER = "model"
 DATA_REPORT = "data_report.json"
+
+
+class CardCallback(TrainerCallback):
+    """Makes the card of every checkpoint true.
+
+    Args:
+        report: What was read to train.
+    """
+
+    def __init__(self, report: DataReport):
+        self.report = report
+
+    def on_save(self, args, state, control, **kwargs):
+        """Rewrite the card of the checkpoint that was just written."""
+        path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "README.md"
+        if args.should_save and path.exists():
+            path.write_text(trained_card(path.read_text(encoding="utf-8"), str(self.report)), encoding="utf-8")
 
 
 def where_to_begin(arguments: TrainingArguments, resume: bool) -> str | None:
@@ -73,8 +91,9 @@ def save_whole(arguments: TrainingArguments, folder: Path, save: Callable[[str],
         return
     with new_folder(folder) as partial:
         save(str(partial))
+        (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, which `hagmoe push` refuses
         card = partial / "README.md"
-        card.write_text(trained_card(card.read_text(encoding="utf-8"), report), encoding="utf-8")
+        card.write_text(trained_card(card.read_text(encoding="utf-8"), str(report)), encoding="utf-8")
     say(arguments, f"Written: {folder}")
 
 

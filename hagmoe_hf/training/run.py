@@ -18,13 +18,12 @@ from ..files import new_folder
 from ..modeling_hagmoe import HagMoePreTrainedModel
 from ..upcycling import upcycle
 from .arguments import TrainOptions, parse
-from .card import CardCallback
 from .curriculum import CurriculumCallback, read_curriculum
 from .data import DataReport, load_rows, refuse_too_small
 from .lora import add_lora, merge_lora
 from .losses import LOSSES, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
-from .output import MODEL_FOLDER, save_whole, say, where_to_begin, write_report
+from .output import MODEL_FOLDER, CardCallback, save_whole, say, where_to_begin, write_report
 from .parameters import freeze
 from .sampling import DomainBatchSampler
 
