@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -338,7 +338,7 @@ def encode_shard(
 
     texts, ids = zip(*read_rows(work, shard), strict=True)
     here_N = np.array([text is not None for text in texts])
-    dimension = model.get_embedding_dimension()
+    dimension = cast(int, model.get_embedding_dimension())
     vectors_ND = np.zeros((len(texts), dimension), dtype=np.float32)
     if here_N.any():
         given = [text for text in texts if text is not None]
@@ -437,7 +437,8 @@ def _read_parquet(work: Plan, shard: Shard) -> list[Row]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(shard.path)
-    groups, start = [], 0  # `start`: the first row of the first group that is read
+    groups: list[int] = []
+    start = 0  # the first row of the first group that is read
     before = 0
     for index in range(file.num_row_groups):
         after = before + file.metadata.row_group(index).num_rows
@@ -449,10 +450,8 @@ def _read_parquet(work: Plan, shard: Shard) -> list[Row]:
     rows: list[Row] = []
     for batch in file.iter_batches(row_groups=groups, columns=list(dict.fromkeys(columns))):
         low = max(shard.start - start, 0)
-        wanted = (
-            batch.slice(low, min(batch.num_rows, shard.start + shard.rows - start) - low) if low < batch.num_rows else []
-        )
-        if len(wanted):
+        if low < batch.num_rows:
+            wanted = batch.slice(low, min(batch.num_rows, shard.start + shard.rows - start) - low)
             rows += [_row(record, work.column, work.id_column) for record in wanted.to_pylist()]
         start += batch.num_rows
         if start >= shard.start + shard.rows:
@@ -536,8 +535,8 @@ def _row(record: dict[str, Any], column: str, id_column: str | None) -> Row:
     text = record[column]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"has {column}={text!r}; allowed: a text, or null.")
-    name = None if id_column is None else record[id_column]
-    row = (text, None if name is None else str(name))
+    given = None if id_column is None else record[id_column]
+    row = (text, None if given is None else str(given))
     for value in row:
         if value is not None:
             value.encode("utf-8")  # JSON can name half a character, which no tokenizer takes

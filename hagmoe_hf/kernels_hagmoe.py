@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-# So few tokens multiply faster as `weight @ states.T`: MKL streams the weight once instead of repacking it
-FEW_TOKENS = range(6, 57)
+# So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then
+FEW_TOKENS = range(12, 49)
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, feeds_linear: bool = False) -> Tensor:

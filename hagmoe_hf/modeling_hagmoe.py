@@ -44,7 +44,7 @@ from .configuration_hagmoe import HagMoeConfig
 from .kernels_hagmoe import activate, is_traced, linear
 from .routing_hagmoe import Packing, RealTokens, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
 
-MOST_REAL = 0.97  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
+MOST_REAL = 0.9  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
 
 
 @dataclass

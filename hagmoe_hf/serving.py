@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -196,16 +196,21 @@ class Metrics:
 def metrics() -> Metrics:
     """Metrics in a registry of their own."""
     registry = prometheus.CollectorRegistry()
-    own = {"registry": registry}
     seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
     return Metrics(
         registry,
-        prometheus.Counter("hagmoe_requests", "Requests for embeddings, by status.", ["status"], **own),
-        prometheus.Counter("hagmoe_texts", "Texts that were encoded.", **own),
-        prometheus.Counter("hagmoe_tokens", "Tokens that were encoded.", **own),
-        prometheus.Histogram("hagmoe_request_seconds", "From a request's headers to its answer.", buckets=seconds, **own),
-        prometheus.Histogram("hagmoe_batch_texts", "Texts per forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **own),
-        prometheus.Gauge("hagmoe_waiting_texts", "Accepted, not answered yet.", multiprocess_mode="livesum", **own),
+        prometheus.Counter("hagmoe_requests", "Requests for embeddings, by status.", ["status"], registry=registry),
+        prometheus.Counter("hagmoe_texts", "Texts that were encoded.", registry=registry),
+        prometheus.Counter("hagmoe_tokens", "Tokens that were encoded.", registry=registry),
+        prometheus.Histogram(
+            "hagmoe_request_seconds", "From a request's headers to its answer.", buckets=seconds, registry=registry
+        ),
+        prometheus.Histogram(
+            "hagmoe_batch_texts", "Texts per forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
+        ),
+        prometheus.Gauge(
+            "hagmoe_waiting_texts", "Accepted, not answered yet.", multiprocess_mode="livesum", registry=registry
+        ),
     )
 
 
@@ -219,7 +224,7 @@ def create_app(model: "SentenceTransformer", settings: Settings) -> FastAPI:
     Raises:
         ValueError: `settings.dimensions` names one that the model does not have.
     """
-    dimension = model.get_embedding_dimension()
+    dimension = cast(int, model.get_embedding_dimension())
     if not all(1 <= wanted <= dimension for wanted in settings.dimensions):
         raise ValueError(f"dimensions={list(settings.dimensions)} is not possible; allowed: 1 to {dimension}.")
     shown = metrics()

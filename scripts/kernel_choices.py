@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,7 @@ def turned_around(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
                 "plain": partial(_products, F.linear, states, weights, bias),
                 "turned": partial(_products, kernels_hagmoe.linear, states, weights, bias),
             }
-            before, kernels_hagmoe.FEW_TOKENS = kernels_hagmoe.FEW_TOKENS, range(1, max(TOKENS) + 1)
-            try:
-                seconds = interleave(ways, rounds)
-            finally:
-                kernels_hagmoe.FEW_TOKENS = before
+            seconds = _turning(range(1, tokens + 1), partial(interleave, ways, rounds))
             of_shape[str(tokens)] = paired_ratio(seconds["turned"], seconds["plain"])
     return found
 
@@ -73,6 +70,26 @@ def padding_left_out(rounds: int) -> dict[str, dict[str, float]]:
         seconds = interleave({"with": partial(_at, 0.0, run), "without": partial(_at, 1.1, run)}, rounds)
         found[str(share)] = paired_ratio(seconds["without"], seconds["with"])
     return found
+
+
+def whole_query(rounds: int) -> dict[str, dict[str, float]]:
+    """How many times as fast one text is with products turned around, by its number of tokens."""
+    encoder = sentence.encoder_of(upcycle(str(parent_folder()))).eval()
+    found = {}
+    for tokens in tqdm([tokens for tokens in TOKENS if tokens > 2], desc="queries"):
+        run = partial(encoder, input_ids=torch.randint(1000, 20000, (1, tokens)))
+        ways = {"plain": partial(_turning, range(0), run), "turned": partial(_turning, range(1, tokens + 1), run)}
+        seconds = interleave(ways, 10 * rounds, warm_up=5)
+        found[str(tokens)] = paired_ratio(seconds["turned"], seconds["plain"])
+    return found
+
+
+def _turning(few_tokens: range, run: Callable[[], Any]) -> Any:
+    before, kernels_hagmoe.FEW_TOKENS = kernels_hagmoe.FEW_TOKENS, few_tokens
+    try:
+        return run()
+    finally:
+        kernels_hagmoe.FEW_TOKENS = before
 
 
 def _at(most_real: float, run: Callable[[], object]) -> None:
@@ -102,6 +119,7 @@ def main() -> None:
             "MOST_REAL": modeling_hagmoe.MOST_REAL,
         },
         "times as fast turned around, by tokens": turned_around(args.rounds),
+        "times as fast turned around, one query, by tokens": whole_query(args.rounds),
         "times as fast without padding, by share of real tokens": padding_left_out(args.rounds),
     }
     write_text(args.output, json.dumps(result, indent=1) + "\n")

@@ -134,17 +134,10 @@ def test_the_readmes_file_tree_is_the_tree_on_disk():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)[1]
     drawn = {line.split()[0] for line in tree.splitlines()}
     inside = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir()} - {"__pycache__/", "py.typed"}
-<<<<<<< HEAD
     folders = {
-        f"{path}/"
-        for path in ("hagmoe_hf", "tests", "scripts", "docs", "deploy", "examples", "model_cards")
-        if (ROOT / path).is_dir()
+        f"{path}/" for path in ("tests", "scripts", "docs", "deploy", "examples", "model_cards") if (ROOT / path).is_dir()
     }
-    assert drawn == inside | folders
-=======
-    folders = {f"{path}/" for path in ("tests", "scripts", "docs", "examples", "model_cards") if (ROOT / path).is_dir()}
     assert drawn == inside | folders | {"hagmoe_hf/"}
->>>>>>> refs/heads/hygiene
 
 
 def test_the_readmes_tables_come_from_the_result_files():

@@ -18,11 +18,8 @@ from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
 from .analyze import analyze
 from .benchmark import benchmark
-<<<<<<< HEAD
-from .encode import encode
-=======
 from .card import card
->>>>>>> refs/heads/hygiene
+from .encode import encode
 from .export import export
 from .importing import import_nomic_moe_command
 from .push import push
@@ -119,11 +116,8 @@ def demo(
 app.command(cls=evaluate_verb.SpacedLists)(evaluate_verb.evaluate)
 app.command()(analyze)
 app.command()(benchmark)
-<<<<<<< HEAD
 app.command()(encode)
-=======
 app.command()(card)
->>>>>>> refs/heads/hygiene
 app.command()(export)
 app.command()(push)
 app.command()(serve)
