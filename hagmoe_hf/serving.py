@@ -196,12 +196,13 @@ class Metrics:
 def metrics() -> Metrics:
     """Metrics in a registry of their own."""
     registry = prometheus.CollectorRegistry()
+    own: dict[str, Any] = {"registry": registry}
     seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
     return Metrics(
         registry,
-        prometheus.Counter("hagmoe_requests", "Requests for embeddings, by status.", ["status"], registry=registry),
-        prometheus.Counter("hagmoe_texts", "Texts that were encoded.", registry=registry),
-        prometheus.Counter("hagmoe_tokens", "Tokens that were encoded.", registry=registry),
+        prometheus.Counter("hagmoe_requests", "Requests for embeddings, by status.", ["status"], **own),
+        prometheus.Counter("hagmoe_texts", "Texts that were encoded.", **own),
+        prometheus.Counter("hagmoe_tokens", "Tokens that were encoded.", **own),
         prometheus.Histogram(
             "hagmoe_request_seconds", "From a request's headers to its answer.", buckets=seconds, registry=registry
         ),
