@@ -261,9 +261,31 @@ def bulk() -> str:
     return "\n".join(rows)
 
 
+def export() -> str:
+    """Exported graphs against torch: loss on the kit, speed against the parent."""
+    result = json.loads((RESULTS / "export.json").read_text(encoding="utf-8"))
+    kit, speed, checks = result["kit"], result["speed"], result["export"]["checks"]
+    names = {"model.onnx": "mixture, ONNX float32", "model_qint8.onnx": "mixture, ONNX int8"}
+    rows = ["| graph | MB | smallest cosine to torch | `encode`, times as fast as the parent | kit's mean against torch |"]
+    rows.append("|---|---|---|---|---|")
+    for file, name in names.items():
+        loss = f"{kit['int8_minus_float32']:+.2f} points" if "int8" in name else "not measured"
+        ratios = speed["over_parent"][name]
+        cell = f"{speed['median_over_parent'][name]:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        size, cosine = result["export"]["megabytes"][file], checks[file]["smallest_cosine"]
+        rows.append(f"| `{file}` | {size} | {cosine:.4f} | {cell} | {loss} |")
+    rows.append(
+        f"\nSpeed: {speed['texts']} texts of {speed['tokens_mean']:.0f} tokens on average, batches of {speed['batch_size']}, "
+        f"{speed['threads']} threads, smallest and largest ratio in brackets; {speed['date']}; `{speed['command']}`. "
+        f"Kit: {len(kit['scores']['int8'])} sets; {kit['date']}; `{kit['command']}`."
+    )
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "bulk": bulk,
+    "export": export,
     "exactness": exactness,
     "exactness_summary": exactness_summary,
     "gpu": gpu,
@@ -277,7 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "times_readme": lambda: times("README.md"),
     "trace_speed": trace_speed,
 }
-FILES = (README, *(ROOT / f"docs/{name}.md" for name in ("analysis", "quickstart", "serving", "upcycling")))
+FILES = (README, *(ROOT / f"docs/{name}.md" for name in ("analysis", "export", "quickstart", "serving", "upcycling")))
 
 
 def filled(text: str) -> str:

@@ -24,6 +24,7 @@ from hagmoe_hf.evaluation import kit
 from hagmoe_hf.training.curriculum import read_curriculum
 
 ROOT = Path(__file__).parents[1]
+SLOW = ("export",)  # tracing and quantising take minutes; test_export.py does the same to tiny models
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CODE = ("python", "bash", "yaml", "json")
 # What a page's Python takes as given, beside the files in the folder
@@ -79,7 +80,9 @@ def reader(prepared, tiny_parent, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW else [], id=page.name) for page in PAGES]
+)
 def test_what_a_page_shows_works_as_written(page, reader, monkeypatch):
     """A newcomer pastes it, in order, and leaves when it fails."""
     blocks = [block for block in read_blocks(page) if block.language in CODE and not block.needs]
