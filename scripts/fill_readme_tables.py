@@ -275,8 +275,8 @@ def export() -> str:
         size, cosine = result["export"]["megabytes"][file], checks[file]["smallest_cosine"]
         rows.append(f"| `{file}` | {size} | {cosine:.4f} | {cell} | {loss} |")
     rows.append(
-        f"\nSpeed: {speed['texts']} texts of {speed['tokens_mean']:.0f} tokens on average, batches of {speed['batch_size']}, "
-        f"{speed['threads']} threads, smallest and largest ratio in brackets; {speed['date']}; `{speed['command']}`. "
+        f"\nSpeed: {speed['texts']} texts of {speed['tokens_mean']:.0f} tokens on average, batches of "
+        f"{speed['batch_size']}, {speed['threads']} threads, smallest and largest ratio in brackets; {speed['date']}; `{speed['command']}`. "
         f"Kit: {len(kit['scores']['int8'])} sets; {kit['date']}; `{kit['command']}`."
     )
     return "\n".join(rows)
