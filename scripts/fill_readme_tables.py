@@ -276,7 +276,8 @@ def export() -> str:
         rows.append(f"| `{file}` | {size} | {cosine:.4f} | {cell} | {loss} |")
     rows.append(
         f"\nSpeed: {speed['texts']} texts of {speed['tokens_mean']:.0f} tokens on average, batches of "
-        f"{speed['batch_size']}, {speed['threads']} threads, smallest and largest ratio in brackets; {speed['date']}; `{speed['command']}`. "
+        f"{speed['batch_size']}, {speed['threads']} threads, smallest and largest ratio in "
+        f"brackets; {speed['date']}; `{speed['command']}`. "
         f"Kit: {len(kit['scores']['int8'])} sets; {kit['date']}; `{kit['command']}`."
     )
     return "\n".join(rows)
