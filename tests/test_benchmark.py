@@ -144,6 +144,7 @@ def test_a_report_shows_every_contestant_it_has_a_figure_for(tmp_path):
     assert "| absent |  |" in text
 
 
+@pytest.mark.slow
 def test_a_sweep_covers_every_size_and_resumes(tiny_parent, tmp_path, monkeypatch):
     """What the documentation says of larger mixtures comes from here, and an interrupted sweep goes on."""
     for name, sizes in (("EXPERTS", (4, 8)), ("GROUPS", (1, 2)), ("LENGTHS", (8, 16)), ("BATCHES", (16,))):

@@ -203,6 +203,7 @@ def test_an_input_that_shrinks_meanwhile_is_noticed(model, tmp_path):
         bulk.read_rows(plan, plan.shards[1])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_shards(tiny_parent, model, corpus, tmp_path):
     """`accelerate launch scripts/encode.py` on two CPU processes."""
     path, out = write(tmp_path / "x.parquet", corpus[:90]), tmp_path / "out"

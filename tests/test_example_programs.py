@@ -15,7 +15,7 @@ import hagmoe_hf
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted((ROOT / "examples").glob("*.py"))
-FAST = {"embed", "masked_lm_from_scratch"}  # the others take more than some seconds even when short
+FAST = {"embed"}  # the others take more than some seconds even when short
 SHARE, NUMBER = r"([01]\.\d+)", r"(\d+\.\d+)"
 
 # What each must have printed; its groups are numbers, which the tests below look at
