@@ -28,7 +28,7 @@ SLOW = (
     "analysis",
     "evaluation",
     "export",
-)  # tracing and quantising take minutes; test_export.py does the same to tiny models
+)  # long; tests of the rooms do the same to tiny models
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CODE = ("python", "bash", "yaml", "json")
 # What a page's Python takes as given, beside the files in the folder
