@@ -24,11 +24,7 @@ from hagmoe_hf.evaluation import kit
 from hagmoe_hf.training.curriculum import read_curriculum
 
 ROOT = Path(__file__).parents[1]
-SLOW = (
-    "analysis",
-    "evaluation",
-    "export",
-)  # long; tests of the rooms do the same to tiny models
+SLOW = ("analysis", "evaluation", "export")  # long; tests of the rooms do the same to tiny models
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CODE = ("python", "bash", "yaml", "json")
 # What a page's Python takes as given, beside the files in the folder
