@@ -96,7 +96,7 @@ def test_workflows_run_make_targets_that_exist():
     commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
     wanted = {command.removeprefix("make ") for command in commands}
     assert wanted >= {"lint", "test", "test-lowest", "wheel-test", "docs"}
-    assert wanted - targets <= {"docs"}
+    assert wanted <= targets
 
 
 def test_the_oldest_python_and_two_newer_ones_are_tried():
