@@ -114,7 +114,7 @@ def test_a_loaded_graph_encodes_like_its_mixture(exported, corpus):
         (int8.encode(texts, normalize_embeddings=True) * mixture.encode(texts, normalize_embeddings=True)).sum(1)
     )
     assert cosines[len(texts) // 2] > 0.999
-    assert cosines[4] > 0.98, "a few texts may stand so near a tie that rounding chooses another group for them"
+    assert cosines[4] > 0.98, "a few texts of a tiny random model may be rounded far away; which ones depends on the CPU"
     assert np.array_equal(SentenceTransformer(str(folder), device="cpu").encode(texts), vectors), (
         "the torch model is there, too"
     )
