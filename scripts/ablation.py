@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64, help="with --prepare: longest text in tokens")
     parser.add_argument("--rows", type=int, default=None, help="with --prepare: most training pairs of each domain")
     parser.add_argument("--budget", choices=sorted(BUDGETS), default="screening")
+    parser.add_argument("--only", nargs="+", default=None, metavar="ARM", help="with --table: these arms of it")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-kit", action="store_true", help="leave the kit's sets out")
@@ -50,7 +51,12 @@ def main() -> None:
         from ablation.run import run_table
 
         budget, kit = BUDGETS[args.budget], not args.no_kit
-        run_table(args.table, budget, args.inputs, args.results, args.work, args.minutes, args.device, command, kit)
+        unknown = set(args.only or ()) - {arm.name for arm in TABLES[args.table]}
+        if unknown:
+            names = ", ".join(arm.name for arm in TABLES[args.table])
+            parser.error(f"--only {' '.join(sorted(unknown))} is not in table {args.table}; allowed: {names}")
+        arms = tuple(arm for arm in TABLES[args.table] if args.only is None or arm.name in args.only)
+        run_table(arms, budget, args.inputs, args.results, args.work, args.minutes, args.device, command, kit)
     elif args.score:
         from ablation.run import add_kit_scores
 

@@ -447,7 +447,7 @@ def test_the_script_survives_a_kill_goes_on_and_reports(prepared, tmp_path):
     assert call("--table", "1", "--no-kit", KILL="1").returncode == -signal.SIGKILL
     assert [path.parent.name for path in work.rglob("checkpoint.pt")] == ["dense_lr0.001_seed0"]
     last = call("--table", "1", "--no-kit")
-    assert "Table 1, screening: no runs left for now" in last.stdout, last.stderr
+    assert "Budget screening: no runs left for now" in last.stdout, last.stderr
     assert not list(work.rglob("checkpoint.pt"))
     assert {path.stem for path in out.rglob("*.json")} == {"dense_lr0.001_seed0", "hag_lr0.001_seed0"}
     assert call("--report").returncode == 0

@@ -19,6 +19,7 @@ class Budget:
         warmup: Share of the steps in which the rate rises; then it falls to 0, both linearly.
         temperature: T of the domains' weights n^(1/T).
         calibration_texts: Of every domain, where gates start from texts.
+        bfloat16: Whether training computes under bfloat16 autocast; evaluation is float32 in any case.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Budget:
     warmup: float = 0.1
     temperature: float = 2.0
     calibration_texts: int = 100
+    bfloat16: bool = False
 
 
 BUDGETS = {
@@ -39,9 +41,11 @@ BUDGETS = {
     for budget in (
         # For a CPU: says in which direction to look, not who wins
         Budget("screening", 150, 48, 32, (1e-4,), (0, 1, 2), 40, 3),
+        # For a CPU with bfloat16 matrix units: the first one with a grid of rates and three seeds
+        Budget("small", 300, 64, 32, (1e-4, 3e-4), (0, 1, 2), 100, 5, bfloat16=True),
         # For a GPU: about one pass over the pairs
-        Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12),
+        Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?
-        Budget("long", 4800, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 16),
+        Budget("long", 4800, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 16, bfloat16=True),
     )
 }

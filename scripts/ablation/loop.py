@@ -146,7 +146,7 @@ class Trainee:
             experts = torch.tensor([EXPERT_OF_DOMAIN.get(pairs.domains[d], 0) for d in domains]).to(setting.device)
             for router in self.routers:
                 router.expert = experts
-        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device != "cpu"):
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.budget.bfloat16):
             loss = self.loss(pairs.features(rows))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)

@@ -38,8 +38,6 @@ def mixture(arm: Arm, dense: SentenceTransformer, calibration_texts: list[str], 
     texts = calibration_texts if arm.calibrated else None
     model = upcycle(dense, seed=seed, calibration_texts=texts, **arm.upcycling)
     encoder = sentence.encoder_of(model)
-    if model.device.type == "cpu":
-        encoder.set_experts_implementation("eager")  # the backward of grouped_mm is slow there
     for layer in encoder.config.sparse_layers:
         follow_autocast(encoder.layers[layer].mlp.experts)
     if arm.routing != "learned":

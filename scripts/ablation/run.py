@@ -16,7 +16,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from ablation import loop, scoring
-from ablation.arms import TABLES
+from ablation.arms import Arm
 from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_texts, load_pairs
 from ablation.loop import Run, Setting
@@ -29,12 +29,12 @@ SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is th
 
 
 def run_table(
-    table: int, budget: Budget, inputs: Path, results: Path, work: Path, minutes: float, device: str, command: str, kit: bool
+    arms: tuple[Arm, ...], budget: Budget, inputs: Path, results: Path, work: Path, minutes: float, device: str, command: str, kit: bool
 ) -> bool:
-    """Do what a table still needs.
+    """Do what these arms still need.
 
     Args:
-        table: Of `TABLES`.
+        arms: Of the table, or some of them, where other processes do the others.
         budget: What every arm gets.
         inputs: Folder that `prepare` made.
         results: Folder of results; those of a budget lie in its sub-folder.
@@ -45,7 +45,7 @@ def run_table(
         kit: Whether to score the kit at the end of every run.
 
     Returns:
-        Whether the table is complete.
+        Whether they are complete.
     """
     deadline = time.monotonic() + 60 * minutes - SECONDS_LEFT[kit]
     folder = results / budget.name
@@ -56,7 +56,7 @@ def run_table(
         path for path in (work / budget.name).glob("*/kit.npz") if kit and (folder / f"{path.parent.name}.json").is_file()
     ]
     scorers = [score_elsewhere(folder / f"{path.parent.name}.json", inputs / "kit", path) for path in waiting]
-    while todo := due(TABLES[table], budget, read_results(folder)):
+    while todo := due(arms, budget, read_results(folder)):
         arm, rate, seed = todo[0]
         setting = Setting(arm, budget, rate, seed, inputs, device)
         if device != "cpu":
@@ -76,8 +76,8 @@ def run_table(
     failed = sum(process.wait() != 0 for process in scorers)
     if failed:
         print(f"{failed} runs could not be scored; their vectors are kept, and the next call tries again", flush=True)
-    left = len(due(TABLES[table], budget, read_results(folder)))
-    print(f"Table {table}, {budget.name}: {left or 'no'} runs left for now", flush=True)
+    left = len(due(arms, budget, read_results(folder)))
+    print(f"Budget {budget.name}: {left or 'no'} runs left for now", flush=True)
     return not left
 
 
