@@ -29,7 +29,15 @@ SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is th
 
 
 def run_table(
-    arms: tuple[Arm, ...], budget: Budget, inputs: Path, results: Path, work: Path, minutes: float, device: str, command: str, kit: bool
+    arms: tuple[Arm, ...],
+    budget: Budget,
+    inputs: Path,
+    results: Path,
+    work: Path,
+    minutes: float,
+    device: str,
+    command: str,
+    kit: bool,
 ) -> bool:
     """Do what these arms still need.
 
