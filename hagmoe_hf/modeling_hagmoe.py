@@ -41,7 +41,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hagmoe import HagMoeConfig
-from .kernels_hagmoe import activate, is_traced, linear
+from .kernels_hagmoe import activate, is_traced, linear, run_experts
 from .routing_hagmoe import Packing, RealTokens, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
 
 MOST_REAL = 0.9  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
@@ -457,7 +457,7 @@ class HagMoeSparseMLP(nn.Module):
         """(B, L, D) -> (B, L, D); `token_mask` (B, L) bool is True at real tokens, None when all are."""
         routing = self.router(hidden_states, token_mask, packing)
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
-        routed = self.experts(flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
+        routed = run_experts(self.experts, flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
         common = self.output_bias if self.shared_expert is None else self.shared_expert(hidden_states)
         output = routed if common is None else routed + common
         if self.training and self.routing_observer is not None:

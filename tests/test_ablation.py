@@ -228,27 +228,6 @@ def test_training_moves_what_the_arm_says_and_nothing_else(prepared, pairs, dev,
         assert any("group_bias" in name for name in moved) == (arm.balancing is not None)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_experts_follow_autocast(implementation, prepared, pairs):
-    """Stock grouped products would stay in float32 under autocast: right, and several times slower than the dense arm."""
-    model = build(fitted(HAG), prepared / "parent", [], 0, "cpu").eval()
-    encoder = sentence.encoder_of(model)
-    encoder.set_experts_implementation(implementation)
-    experts = encoder.layers[0].mlp.experts
-    seen = []
-    experts.register_forward_hook(lambda module, inputs, output: seen.append((module.up_proj.dtype, output.dtype)))
-    features = pairs.features(np.arange(6))
-    exact = Contrastive(model)(features).item()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = Contrastive(model)(features)
-    loss.backward()
-    assert (torch.bfloat16, torch.bfloat16) in seen
-    assert seen[0] == (torch.float32, torch.float32)
-    assert loss.item() == pytest.approx(exact, abs=0.1)
-    assert experts.up_proj.grad.dtype == torch.float32
-    assert experts.up_proj.grad.abs().max() > 0
-
-
 def test_rates_differ_by_kind_of_parameter(prepared):
     arm = fitted(dataclasses.replace(HAG, expert_rate=4.0, router_rate=10.0))
     model = build(arm, prepared / "parent", [], 0, "cpu")

@@ -236,6 +236,25 @@ def test_the_router_computes_in_float32_under_autocast():
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "segmented_mm"])
+def test_experts_compute_in_autocasts_dtype(implementation):
+    """Grouped products do not know autocast: they would stay in float32, right and several times slower."""
+    model = tiny_model()
+    model.set_experts_implementation(implementation)
+    experts = next(layer.mlp.experts for layer in model.layers if layer.is_sparse)
+    seen = []
+    experts.register_forward_hook(lambda module, inputs, output: seen.append((module.up_proj.dtype, output.dtype)))
+    inputs = pad(texts(3, 9))
+    exact = model(**inputs).last_hidden_state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(**inputs).last_hidden_state
+    rounded.float().square().sum().backward()
+    assert seen == [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    assert torch.allclose(rounded.float(), exact, atol=0.05)
+    assert experts.up_proj.grad.dtype == torch.float32
+    assert experts.up_proj.grad.abs().max() > 0
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     """It trades time for memory and nothing else."""
     model = spread(HagMoeModel(tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))).train()

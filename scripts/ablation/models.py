@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import BertModel
 
 from ablation.arms import Arm
@@ -38,8 +37,6 @@ def mixture(arm: Arm, dense: SentenceTransformer, calibration_texts: list[str], 
     texts = calibration_texts if arm.calibrated else None
     model = upcycle(dense, seed=seed, calibration_texts=texts, **arm.upcycling)
     encoder = sentence.encoder_of(model)
-    for layer in encoder.config.sparse_layers:
-        follow_autocast(encoder.layers[layer].mlp.experts)
     if arm.routing != "learned":
         fix_routing(encoder, arm.routing)
     if arm.mean_pooled:
@@ -48,29 +45,6 @@ def mixture(arm: Arm, dense: SentenceTransformer, calibration_texts: list[str], 
             query.data.zero_()
             query.requires_grad_(False)
     return prepared(model)
-
-
-def follow_autocast(experts: nn.Module) -> None:
-    """Make routed experts compute in autocast's dtype, as every linear layer does.
-
-    Stock grouped products are unknown to autocast: with float32 weights they would run in float32, at a fraction of the
-    speed.
-    """
-    stock = experts.forward
-
-    def forward(hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        device = hidden_states.device.type
-        if not torch.is_autocast_enabled(device):
-            return stock(hidden_states, index, weights)
-        dtype = torch.get_autocast_dtype(device)
-        cast = {name: parameter.to(dtype) for name, parameter in experts.named_parameters()}
-        experts.forward = stock  # what `functional_call` calls
-        try:
-            return functional_call(experts, cast, (hidden_states.to(dtype), index, weights.to(dtype)))
-        finally:
-            experts.forward = forward
-
-    experts.forward = forward  # type: ignore[method-assign]
 
 
 def prepared(model: SentenceTransformer) -> SentenceTransformer:
