@@ -12,12 +12,15 @@ import hashlib
 import importlib
 import json
 import os
+import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
 
 FLOAT_FILE, INT8_FILE = "model.onnx", "model_qint8.onnx"
 OPENVINO_FILE = "openvino_model.xml"
+REPORT = "export_report.json"
 LARGEST_DIFFERENCE = 1e-4  # of a float32 graph's token states from torch's
 BATCH_SIZES = (1, 7, 32)  # of the check: a query, an odd number, a full batch
 BATCHES = 8  # of each size
+SHORT_TEXT, LEAST_EQUAL = 32, 0.75  # tokens that run together in any case; a part's shortest text against its longest
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,14 @@ class ExportReport:
         checks: The check of each graph, by file name.
         float_weights: In the int8 graph, the (name, shape) of every matrix that stayed float32.
         int8_share: Of the numbers in all the int8 graph's matrices but the embeddings, how many are int8.
+        reduce_range: Whether int8 weights have 7 bits only.
     """
 
     megabytes: dict[str, float]
     checks: dict[str, Check]
     float_weights: tuple[tuple[str, tuple[int, ...]], ...] = ()
     int8_share: float | None = None
+    reduce_range: bool = False
 
     def to_json(self) -> str:
         """As indented JSON."""
@@ -119,6 +126,7 @@ def export(
     *,
     format: Literal["onnx", "openvino"] = "onnx",
     int8: bool = False,
+    reduce_range: bool = False,
 ) -> ExportReport:
     """Write a mixture with its graphs to a new folder, and check the graphs against torch.
 
@@ -131,6 +139,7 @@ def export(
         texts: Real texts, at least two, for the check.
         format: Of the graph.
         int8: Whether to write a second graph of int8 weights, whose activations are quantised while it runs.
+        reduce_range: With `int8`, weights of 7 bits, for x86 CPUs without VNNI: their sums of 16 bits overflow with 8.
 
     Returns:
         Sizes, differences from torch, and what stayed float32.
@@ -144,6 +153,8 @@ def export(
         raise ValueError(f"{len(texts)} texts are too few to check an export; allowed: at least 2.")
     if int8 and format != "onnx":
         raise ValueError(f"int8 with format={format!r} is not possible; allowed: int8 with format='onnx'.")
+    if reduce_range and not int8:
+        raise ValueError("reduce_range=True is of no use without int8; allowed: reduce_range with int8=True.")
     mixture = sentence.load(str(model), device="cpu") if isinstance(model, (str, os.PathLike)) else model
     encoder = sentence.encoder_of(mixture)
     if not isinstance(encoder, HagMoeModel):
@@ -156,12 +167,12 @@ def export(
         if format == "openvino":
             report = _write_openvino(encoder, batches, graphs)
         else:
-            report = _write_onnx(encoder, batches, graphs, int8)
+            report = _write_onnx(encoder, batches, graphs, int8, reduce_range)
         for name in (FLOAT_FILE, OPENVINO_FILE):
             if name in report.checks and not report.checks[name].largest_difference <= LARGEST_DIFFERENCE:
                 difference = report.checks[name].largest_difference
                 raise ValueError(f"{name} differs from torch by {difference:.1e}; allowed: {LARGEST_DIFFERENCE:.0e}.")
-        (folder / "export_report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 
@@ -186,6 +197,13 @@ def load(
     path = Path(folder) / "onnx" / file_name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; allowed: a graph that `hagmoe export` wrote.")
+    if (
+        file_name == INT8_FILE
+        and _lacks_vnni()
+        and not json.loads((Path(folder) / REPORT).read_text("utf-8")).get("reduce_range")
+    ):
+        message = "This CPU has no VNNI, so sums of int8 products may overflow: export with reduce_range=True."
+        warnings.warn(message, stacklevel=2)
     model = sentence.load(str(folder), device="cpu", **kwargs)
     cast(Any, model[0]).model = OnnxEncoder(path, sentence.encoder_of(model).config, threads)
     return model
@@ -214,14 +232,51 @@ class OnnxEncoder(nn.Module):
         self.config.exported_sha256 = digest.hexdigest()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **features: Any) -> BaseModelOutput:
-        """(B, L) int64 ids and mask -> token states (B, L, D) float32; features that the graph lacks are ignored."""
+        """(B, L) int64 ids and mask -> token states (B, L, D) float32; features that the graph lacks are ignored.
+
+        Texts run together with those of about their length, since attention in the graph computes padding. States at
+        padding are 0.
+        """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **features}
         feed = {name: given[name].numpy(force=True) for name in self.input_names}
-        (states,) = self.session.run(["last_hidden_state"], feed)
-        return BaseModelOutput(last_hidden_state=torch.from_numpy(states))
+        whole: np.ndarray | None = None
+        for rows, columns in parts_of_equal_length(feed["attention_mask"]):
+            part = {name: array[rows, columns] for name, array in feed.items()}
+            (states,) = self.session.run(["last_hidden_state"], part)
+            if whole is None:
+                whole = np.zeros((*input_ids.shape, states.shape[-1]), dtype=states.dtype)
+            whole[rows, columns] = states
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(cast(np.ndarray, whole)))
 
 
-def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: bool) -> ExportReport:
+def parts_of_equal_length(mask: np.ndarray) -> Iterator[tuple[slice | np.ndarray, slice]]:
+    """Texts of about equal length as (rows, columns) of a batch: the columns are the widest text's.
+
+    A part's shortest text has at least `LEAST_EQUAL` of its longest one's length; short texts stay together.
+
+    Args:
+        mask: (B, L), non-zero at real tokens, on whichever side the padding is.
+    """
+    is_real = mask != 0
+    first, width = is_real.argmax(axis=1), mask.shape[1]
+    end = width - is_real[:, ::-1].argmax(axis=1)
+    length = np.where(is_real.any(axis=1), end - first, 0)
+    rows = np.argsort(-length, kind="stable")
+    cuts, longest = [0], length[rows[0]]
+    for at, tokens in enumerate(length[rows]):
+        if longest > SHORT_TEXT and tokens < LEAST_EQUAL * longest:
+            cuts.append(at)
+            longest = tokens
+    if len(cuts) == 1:
+        yield slice(None), slice(None)
+        return
+    for part in np.split(rows, cuts[1:]):
+        real = part[length[part] > 0]
+        if len(real):  # nobody asks for the states of a text without tokens
+            yield part, slice(int(first[real].min()), int(end[real].max()))
+
+
+def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: bool, reduce_range: bool) -> ExportReport:
     exporters, optimizer = _import("transformers.exporters"), _import("onnxscript.optimizer")
     exporter = exporters.OnnxExporter()
     example = _example(batches)
@@ -237,11 +292,12 @@ def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: b
     checks = {FLOAT_FILE: compare(encoder, OnnxEncoder(folder / FLOAT_FILE, encoder.config), batches)}
     float_weights, int8_share = (), None
     if int8:
-        program = _quantized(program)
+        program = _quantized(program, reduce_range)
         exporter.save_program(program, folder / INT8_FILE)
         checks[INT8_FILE] = compare(encoder, OnnxEncoder(folder / INT8_FILE, encoder.config), batches)
         float_weights, int8_share = _left_in_float(program, encoder)
-    return ExportReport({name: _megabytes(folder / name) for name in checks}, checks, float_weights, int8_share)
+    sizes = {name: _megabytes(folder / name) for name in checks}
+    return ExportReport(sizes, checks, float_weights, int8_share, reduce_range)
 
 
 def _write_openvino(encoder: HagMoeModel, batches: list[dict], folder: Path) -> ExportReport:
@@ -295,7 +351,7 @@ def _without_padding(encoder: HagMoeModel) -> Iterator[None]:
     """
 
     def leave_out(token_mask: Tensor | None, kwargs: dict) -> RealTokens:
-        return RealTokens.from_mask(cast(Tensor, token_mask))
+        return RealTokens.from_mask(cast(Tensor, token_mask), is_tracing=True)
 
     encoder._real_tokens = leave_out  # type: ignore[method-assign]
     try:
@@ -373,17 +429,38 @@ def compare(encoder: HagMoeModel, run: Callable[..., Any], batches: Sequence[dic
     )
 
 
-def _quantized(program: Any) -> Any:
+def _quantized(program: Any, reduce_range: bool) -> Any:
     """The ONNX program with int8 weights, one scale for each output channel, in all products with a constant matrix."""
     exporters, runtime = _import("transformers.exporters"), _import("onnxruntime.quantization")
+    _unshare_weights(program.graph)
     queries = [node.name for node in program.graph if node.op_type == "MatMul" and _is_vector(node.inputs[1])]
     settings = exporters.OnnxRuntimeDynamicConfig(
         op_types_to_quantize=["MatMul"],
         per_channel=True,
+        reduce_range=reduce_range,
         weight_type=runtime.QuantType.QInt8,
         nodes_to_exclude=queries,
     )
     return exporters.OnnxRuntimeQuantizer(settings).quantize(program, {}, exporters.ExportFormat.ONNX)
+
+
+def _unshare_weights(graph: Any) -> None:
+    """Give every product a weight of its own.
+
+    Exporters let small equal weights be one, as those of experts that have not parted yet; ONNX Runtime's quantiser
+    transposes it once for each product that it serves.
+    """
+    ir, seen = _import("onnx_ir"), set()
+    for node in graph:
+        if node.op_type not in ("Gemm", "MatMul") or node.inputs[1].const_value is None:
+            continue
+        weight = node.inputs[1]
+        if weight.name in seen:
+            own = ir.Value(name=f"{weight.name}_of_{node.name}", const_value=weight.const_value)
+            own.shape, own.type = weight.shape, weight.type
+            graph.register_initializer(own)
+            node.replace_input_with(1, own)
+        seen.add(weight.name)
 
 
 def _is_vector(weight: Any) -> bool:
@@ -404,6 +481,14 @@ def _left_in_float(program: Any, encoder: HagMoeModel) -> tuple[tuple, float]:
         if shape not in tables:
             sizes[kind] += value.const_value.size
     return tuple(matrices), sizes["INT8"] / sum(sizes.values())
+
+
+def _lacks_vnni() -> bool:
+    """Whether this is an x86 CPU without instructions for 8-bit products; unknown counts as no."""
+    cpu_info = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpu_info.is_file():
+        return False
+    return "vnni" not in cpu_info.read_text(encoding="utf-8")
 
 
 def _files_of(graph: Path) -> list[Path]:

@@ -11,7 +11,7 @@ Axes:  B sequences   L tokens   D hidden_size   G groups   E experts   K experts
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -265,38 +265,46 @@ class HagMoeAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         rotation: tuple[Tensor, Tensor] | None = None,
         real_tokens: RealTokens | None = None,
         **flash_kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) -> (B, L, D) and, where the attention function computes them, weights (B, heads, L, L)."""
+        """(B, L, D) -> (B, L, D) and, where the attention function computes them, weights (B, heads, L, L).
+
+        With `real_tokens`, (1, T, D) -> (1, T, D), and one mask for each part of the batch that attention runs on.
+        """
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_shape)
         key = self.k_proj(hidden_states).view(heads_shape)
         value = self.v_proj(hidden_states).view(heads_shape)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if real_tokens is not None:
-            query, key, value = real_tokens.pad(query), real_tokens.pad(key), real_tokens.pad(value)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if real_tokens is None:
+            output, weights = self._attend(query, key, value, attention_mask, **flash_kwargs)
+        else:
+            parts = zip(*map(real_tokens.split, (query, key, value)), attention_mask, strict=True)
+            output, weights = real_tokens.join([self._attend(*part, **flash_kwargs)[0] for part in parts]), None
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **flash_kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function on (B, L, heads, head_dim) each: the same shape, and weights where it has them."""
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
+        return attention(
             self,
-            query,
-            key,
-            value,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attention_mask,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **flash_kwargs,
         )
-        if real_tokens is not None:
-            output = real_tokens.unpad(output)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class HagMoeMLP(nn.Module):
@@ -485,7 +493,7 @@ class HagMoeLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         token_mask: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None = None,
         packing: Packing | None = None,
@@ -750,8 +758,11 @@ class HagMoeModel(HagMoePreTrainedModel):
         is_recorded = any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
         if is_recorded or self.config._attn_implementation not in ("sdpa", "eager"):
             return None
-        real_tokens = RealTokens.from_mask(token_mask)
-        return real_tokens if 0 < real_tokens.slot.numel() < MOST_REAL * token_mask.numel() else None
+        if "sliding_attention" in (self.config.layer_types or ()) and has_holes(token_mask):
+            return None  # a window counts what lies in between
+        if not 0 < int(token_mask.sum()) < MOST_REAL * token_mask.numel():
+            return None
+        return RealTokens.from_mask(token_mask, is_tracing=False)
 
     def _layer_masks(
         self,
@@ -760,23 +771,27 @@ class HagMoeModel(HagMoePreTrainedModel):
         packing: Packing | None,
         real_tokens: RealTokens | None,
     ) -> dict:
-        """For each type of layer what the attention function wants; packed texts get a block for each text."""
-        if real_tokens is not None:
-            hidden_states, packing = hidden_states.new_empty(*real_tokens.shape, 0), None
-        same_text = None if packing is None else packed_sequence_mask_function(packing.sequence_index)
+        """For each type of layer what the attention function wants; packed texts get a block for each text.
+
+        With `real_tokens`, one mask for each part of the batch that attention runs on.
+        """
+        layer_types = dict.fromkeys(self.config.layer_types or ())
+        if real_tokens is None:
+            same_text = None if packing is None else packed_sequence_mask_function(packing.sequence_index)
+            return {kind: self._mask(kind, hidden_states, attention_mask, same_text) for kind in layer_types}
+        mask = attention_mask if real_tokens.equal is None else None
+        likes = [hidden_states.new_empty(*shape, 0) for shape in real_tokens.attention_shapes]
+        return {kind: [self._mask(kind, like, mask) for like in likes] for kind in layer_types}
+
+    def _mask(self, layer_type: str, like: Tensor, attention_mask: Tensor | None, same_text: Callable | None = None) -> Any:
+        """What the attention function wants for a (B, L, ...) tensor in a layer of this type."""
         makers = {
             "full_attention": create_bidirectional_mask,
             "sliding_attention": create_bidirectional_sliding_window_mask,
         }
-        return {
-            layer_type: makers[layer_type](
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                and_mask_function=same_text,
-            )
-            for layer_type in dict.fromkeys(self.config.layer_types or ())
-        }
+        return makers[layer_type](
+            config=self.config, inputs_embeds=like, attention_mask=attention_mask, and_mask_function=same_text
+        )
 
     def _flash_kwargs(self, packing: Packing, kwargs: dict) -> dict:
         """The boundaries of packed texts, which flash attention takes instead of a mask."""
@@ -856,6 +871,12 @@ def find_packing(texts: Tensor, attention_mask: Tensor | None, position_ids: Ten
     if row_index is None:
         return None
     return Packing.from_row_index(row_index.to(texts.device).expand(texts.shape[0], -1), is_tracing(row_index))
+
+
+def has_holes(token_mask: Tensor) -> bool:
+    """Whether a text's real tokens do not follow each other: (B, L) bool."""
+    edges_B = (token_mask[:, 1:] & ~token_mask[:, :-1]).sum(dim=-1) + token_mask[:, 0]
+    return bool((edges_B > 1).any())
 
 
 def pool_texts(hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None, pooling: str) -> Tensor:

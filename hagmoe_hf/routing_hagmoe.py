@@ -57,16 +57,39 @@ class Packing(NamedTuple):
         return token.view_as(self.sequence_index) - self.starts()[self.sequence_index]
 
 
+class EqualLengths(NamedTuple):
+    """The texts of a packed row in groups of equal length, which need neither padding nor mask in attention."""
+
+    order: Tensor  # (T,) int64: the row's tokens, those of the shortest texts first
+    shapes: tuple[tuple[int, int], ...]  # (texts, tokens of each) of every group
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor) -> "EqualLengths":
+        """From (B,) int64, how many tokens each text has in the row; on a GPU this waits for it."""
+        ordered_B, text_B = lengths.sort(stable=True)
+        shift_B = (lengths.cumsum(0) - lengths)[text_B] - (ordered_B.cumsum(0) - ordered_B)
+        order = torch.arange(int(lengths.sum()), device=lengths.device) + shift_B.repeat_interleave(ordered_B)
+        found = zip(*(tensor.tolist() for tensor in ordered_B.unique_consecutive(return_counts=True)), strict=True)
+        return cls(order, tuple((texts, length) for length, texts in found if length))
+
+
 class RealTokens(NamedTuple):
     """Where the real tokens of a padded batch are: everything but attention runs on them alone, as one packed row."""
 
     slot: Tensor  # (T,) int64 in [0, B*L), rising
     shape: torch.Size  # (B, L)
+    equal: EqualLengths | None  # what attention runs on; on the padded batch where None, as a trace must
 
     @classmethod
-    def from_mask(cls, token_mask: Tensor) -> "RealTokens":
+    def from_mask(cls, token_mask: Tensor, is_tracing: bool) -> "RealTokens":
         """From (B, L) bool, True at real tokens; on a GPU this waits for it."""
-        return cls(token_mask.flatten().nonzero().squeeze(-1), token_mask.shape)
+        slot = token_mask.flatten().nonzero().squeeze(-1)
+        return cls(slot, token_mask.shape, None if is_tracing else EqualLengths.from_lengths(token_mask.sum(dim=-1)))
+
+    @property
+    def attention_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(texts, tokens) of each part that `split` gives."""
+        return ((self.shape[0], self.shape[1]),) if self.equal is None else self.equal.shapes
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, L, ...) -> (1, T, ...)."""
@@ -77,6 +100,20 @@ class RealTokens(NamedTuple):
         rows = self.shape[0] * self.shape[1]  # not `numel`, which a trace would take for a constant
         padded = packed.new_zeros(rows, *packed.shape[2:]).index_copy(0, self.slot, packed[0])
         return padded.unflatten(0, self.shape)
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """(1, T, ...) -> what attention runs on: (texts, tokens, ...) for each of `attention_shapes`."""
+        if self.equal is None:
+            return [self.pad(packed)]
+        parts = packed[0].index_select(0, self.equal.order).split([texts * length for texts, length in self.equal.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.equal.shapes, strict=True)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """What `split` gave -> (1, T, ...)."""
+        if self.equal is None:
+            return self.unpad(parts[0])
+        ordered = torch.cat([part.flatten(0, 1) for part in parts])
+        return torch.empty_like(ordered).index_copy(0, self.equal.order, ordered).unsqueeze(0)
 
     def packing(self) -> Packing:
         """Each row of the batch as one text of the packed row."""
@@ -278,6 +315,7 @@ def router_z_loss(log_partition: Tensor, num_tokens: Tensor | float) -> Tensor:
 
 
 __all__ = [
+    "EqualLengths",
     "Packing",
     "RealTokens",
     "Routing",

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import MODES, spread, tiny_config
+from conftest import MODES, SHAPES, spread, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from hagmoe_hf import HagMoeModel
 from hagmoe_hf.kernels_hagmoe import FEW_TOKENS, activate, linear
+from hagmoe_hf.routing_hagmoe import RealTokens
 
 each_mode = pytest.mark.parametrize("changes", MODES.values(), ids=MODES.keys())
 
@@ -78,6 +79,37 @@ def test_leaving_padding_out_changes_no_vector(changes, lengths, left, seed):
         alone, recorded = model(**inputs), model(**inputs, output_hidden_states=True)
     assert torch.allclose(alone.last_hidden_state, recorded.last_hidden_state, atol=1e-5)
     assert (alone.last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), is_tracing=st.booleans())
+def test_attention_gets_every_text_whole_and_gives_every_token_back(lengths, is_tracing):
+    """Texts of equal length run together; a token in another text's place would be a wrong vector."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    real_tokens = RealTokens.from_mask(mask, is_tracing)
+    packed = real_tokens.unpad(torch.arange(1, 1 + mask.numel()).view(mask.shape)).unsqueeze(-1)
+    parts = real_tokens.split(packed)
+    assert [tuple(part.shape[:2]) for part in parts] == list(real_tokens.attention_shapes)
+    assert torch.equal(real_tokens.join(parts), packed)
+    texts = [row[row != 0].tolist() for part in parts for row in part.squeeze(-1)]
+    expected = [(1 + row * mask.shape[1] + torch.arange(length)).tolist() for row, length in enumerate(lengths) if length]
+    assert sorted(filter(None, texts)) == expected
+    if not is_tracing:
+        assert all((part != 0).all() for part in parts)
+        assert len(parts) == len(set(lengths) - {0})
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_leaving_padding_out_keeps_windows(attention, holes):
+    """A window counts positions: padding between two tokens of a text keeps them apart."""
+    mask = [[1] * 12, [1] * 7 + [0] * 5, [0] * 8 + [1] * 4, [1] * 7 + [0] * 5]
+    inputs = batch([*mask, [1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0]] if holes else mask)
+    model = tiny_model(**SHAPES["modernbert"])
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        alone, recorded = model(**inputs), model(**inputs, output_hidden_states=True)
+    assert torch.allclose(alone.last_hidden_state, recorded.last_hidden_state, atol=1e-5)
 
 
 def test_gradients_are_the_same_without_padding(monkeypatch):

@@ -13,6 +13,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder for the mixture with its graphs.")],
     format: Annotated[Literal["onnx", "openvino"], typer.Option(help="Of the graph.")] = "onnx",
     int8: Annotated[bool, typer.Option("--int8", help="Write an int8 graph beside the float32 one.")] = False,
+    reduce_range: Annotated[
+        bool, typer.Option("--reduce-range", help="With --int8: weights of 7 bits, for x86 CPUs without VNNI.")
+    ] = False,
     verify: Annotated[
         Path | None, typer.Option(help="File of real texts, one a line, to compare with torch; the demo's by default.")
     ] = None,
@@ -21,7 +24,7 @@ def export(
     from ..export import export as export_library
 
     texts = read_corpus()[0] if verify is None else [line for line in verify.read_text("utf-8").splitlines() if line.strip()]
-    report = export_library(model, out, texts, format=format, int8=int8)
+    report = export_library(model, out, texts, format=format, int8=int8, reduce_range=reduce_range)
     for name, check in report.checks.items():
         print(
             f"{name}: {report.megabytes[name]} MB, {check.texts} texts against torch: "
