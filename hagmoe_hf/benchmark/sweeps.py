@@ -151,7 +151,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.axhline(1.0, color="k", linestyle="--", linewidth=1)
         axis.set_xticks(ticks, sizes)
         axis.set_xlabel(name)
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # last, since it ends the scaling to what is drawn, in all panels
     axes[0].set_ylabel("times as fast as the parent")
     write_figure(figure, path)
 
