@@ -86,7 +86,7 @@ def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tens
     if not torch.is_autocast_enabled(device):
         return experts(states, index, weights)
     dtype = torch.get_autocast_dtype(device)
-    cast = {name: parameter.to(dtype) for name, parameter in experts.named_parameters()}
+    cast = {name: parameter.to(dtype) for name, parameter in experts.named_parameters() if parameter.is_floating_point()}
     return functional_call(experts, cast, (states.to(dtype), index, weights.to(dtype)))
 
 

@@ -751,7 +751,7 @@ class HagMoeModel(HagMoePreTrainedModel):
         return HagMoeModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def _real_tokens(self, token_mask: Tensor | None, kwargs: dict) -> RealTokens | None:
-        """Where real tokens are, if leaving padding out of everything but attention is possible and worth its copies."""
+        """Where real tokens are, if leaving padding out is possible and worth its copies."""
         if token_mask is None or token_mask.device.type != "cpu" or is_traced():
             return None
         flags = (f"output_{name}" for name in self._can_record_outputs)

@@ -74,7 +74,7 @@ class EqualLengths(NamedTuple):
 
 
 class RealTokens(NamedTuple):
-    """Where the real tokens of a padded batch are: everything but attention runs on them alone, as one packed row."""
+    """Where the real tokens of a padded batch are: everything runs on them alone, as one packed row."""
 
     slot: Tensor  # (T,) int64 in [0, B*L), rising
     shape: torch.Size  # (B, L)
