@@ -9,6 +9,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import hagmoe_hf
 from hagmoe_hf.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_the_service_finds_the_pods_and_the_probes_their_paths():
     assert service["spec"]["selector"].items() <= labels.items()
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert container["ports"][0]["name"] == service["spec"]["ports"][0]["targetPort"]
-    source = (ROOT / "hagmoe_hf/serving.py").read_text()
+    source = (Path(hagmoe_hf.__file__).parent / "serving.py").read_text()
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert f'"{container[probe]["httpGet"]["path"]}"' in source
     mounts = {mount["name"] for mount in container["volumeMounts"]}

@@ -18,6 +18,7 @@ from draw_architecture import drawing
 from evaluation_helpers import shipped_rows, small_kit, write_rows
 from sentence_transformers import SentenceTransformer
 
+import hagmoe_hf
 from hagmoe_hf import demo, upcycle
 from hagmoe_hf.cli.main import app
 from hagmoe_hf.evaluation import kit
@@ -186,8 +187,8 @@ def test_every_module_has_a_place_in_the_reference():
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
     shown = re.findall(r"^\.\. automodule:: (\S+)", text, re.MULTILINE)
     assert len(shown) == len(set(shown))
-    package = ROOT / "hagmoe_hf"
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in package.rglob("*.py")}
+    package = Path(hagmoe_hf.__file__).parent
+    modules = {".".join(path.relative_to(package.parent).with_suffix("").parts) for path in package.rglob("*.py")}
     hidden = {"hagmoe_hf.version"} | {name for name in modules if name.endswith(".__init__")}
     assert set(shown) == (modules - hidden) | {"hagmoe_hf.demo"}
 

@@ -33,7 +33,7 @@ def test_every_named_loss_teaches_every_part_of_the_mixture(name, dims, model, r
     torch.manual_seed(0)
     loss = build_loss(name, model, matryoshka_dims=dims)
     assert isinstance(loss, MatryoshkaLoss) == bool(dims)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)  # with 1e-2 the last of six steps may overshoot
     losses = []
     for _ in range(6):
         value = loss_of(loss, model.train(), LOSSES[name], rows)
