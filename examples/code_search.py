@@ -2,7 +2,7 @@
 
 Prints: mean reciprocal rank of a function by the first line of its docstring, before and after, and some searches.
 The functions are those of the Python that runs this, so figures differ a little between versions.
-Time: not measured yet.
+Time: 91 s on one core.
 """
 
 import argparse

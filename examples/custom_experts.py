@@ -2,7 +2,7 @@
 
 This one is the plainest there is: every expert computes every token, and the weights of the chosen ones decide.
 Prints: how far its vectors are from those of the package's own experts, and the speed of each.
-Time: not measured yet.
+Time: 28 s on one core.
 """
 
 import time

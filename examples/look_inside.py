@@ -2,7 +2,7 @@
 
 Prints: for random gates and for gates that start from texts, how many bits the choice of expert says about a text's domain,
 beside what shuffled labels would give; then the findings in words. Draws: domains.png.
-Time: not measured yet.
+Time: 43 s on one core.
 """
 
 import random

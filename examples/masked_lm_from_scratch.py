@@ -1,7 +1,7 @@
 """A mixture from nothing: a tokenizer trained on your texts, a small random HagMoeForMaskedLM, and the stock Trainer.
 
 Prints: the held-out loss in nats per masked token, beside that of guessing by frequency, and what it puts in a blank.
-Time: not measured yet.
+Time: 2.0 min on one core.
 """
 
 import argparse

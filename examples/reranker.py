@@ -2,7 +2,7 @@
 
 Prints: the mean reciprocal rank of the right article among 10 near ones, beside the embedding model that it came from,
 before and after a short training; then one ranking.
-Time: not measured yet.
+Time: 1.8 min on one core.
 """
 
 import argparse

