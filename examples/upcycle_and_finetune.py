@@ -2,7 +2,7 @@
 
 Prints: MRR@10 on Spanish descriptions that were not trained on, before and after, and how evenly the experts are used.
 One seed and 100 queries: differences of a few hundredths between parent and mixture mean nothing.
-Time: not measured yet.
+Time: 2.5 min on one core.
 """
 
 import argparse
