@@ -240,7 +240,7 @@ class OnnxEncoder(nn.Module):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **features}
         feed = {name: given[name].numpy(force=True) for name in self.input_names}
         whole: np.ndarray | None = None
-        for rows, columns in parts_of_equal_length(feed["attention_mask"]):
+        for rows, columns in parts_of_similar_length(feed["attention_mask"]):
             part = {name: array[rows, columns] for name, array in feed.items()}
             (states,) = self.session.run(["last_hidden_state"], part)
             if whole is None:
@@ -249,8 +249,8 @@ class OnnxEncoder(nn.Module):
         return BaseModelOutput(last_hidden_state=torch.from_numpy(cast(np.ndarray, whole)))
 
 
-def parts_of_equal_length(mask: np.ndarray) -> Iterator[tuple[slice | np.ndarray, slice]]:
-    """Texts of about equal length as (rows, columns) of a batch: the columns are the widest text's.
+def parts_of_similar_length(mask: np.ndarray) -> Iterator[tuple[slice | np.ndarray, slice]]:
+    """Texts of similar length as (rows, columns) of a batch: the columns are the widest text's.
 
     A part's shortest text has at least `LEAST_EQUAL` of its longest one's length; short texts stay together.
 
