@@ -17,6 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 # So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then
 FEW_TOKENS = range(12, 49)
+# oneDNN, which multiplies bfloat16, prepares every new shape anew: with few different numbers of rows it seldom has to
+ROUND_ROWS = 64
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, feeds_linear: bool = False) -> Tensor:
@@ -114,10 +116,17 @@ def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: 
     used = [expert for expert, count in enumerate(counts) if count] or [0]
     is_sorted = top_k == 1 and counts[used[0]] == num_tokens  # as for a query that one expert takes whole
     order = None if is_sorted else choices.argsort(stable=True)[:num_choices]  # "no expert" comes last
-    states = hidden_states if order is None else hidden_states.index_select(0, order if top_k == 1 else order // top_k)
+    rows = order if order is None or top_k == 1 else order // top_k
+    place = None
+    if hidden_states.dtype != torch.float32 and order is not None:
+        counts, place = _round_up(counts, order.device)
+        rows = order.new_zeros(sum(counts)).index_copy(0, place, rows)
+    states = hidden_states if rows is None else hidden_states.index_select(0, rows)
     segments = states.split(counts)
     outputs = [expert_forward(self, segments[expert], weights) for expert, weights in expert_weights(self, used)]
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if place is not None:
+        output = output.index_select(0, place)
     if order is not None:
         rows = num_tokens * top_k
         target = output.new_empty if num_choices == rows else output.new_zeros
@@ -127,6 +136,15 @@ def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: 
     if torch.is_grad_enabled() or self.config.combine_rule == "softmax":
         return output * top_k_weights
     return output  # the other rules give one expert the weight 1
+
+
+def _round_up(counts: list[int], device: torch.device) -> tuple[list[int], Tensor]:
+    """Counts as multiples of `ROUND_ROWS`, and where the real rows lie, (rows,) int64: others are computed and dropped."""
+    rounded = [-(-count // ROUND_ROWS) * ROUND_ROWS for count in counts]
+    real = torch.tensor(counts, device=device)
+    before = torch.tensor([up - count for up, count in zip(rounded, counts, strict=True)], device=device)
+    shift = before.cumsum(0) - before
+    return rounded, torch.arange(int(real.sum()), device=device) + shift.repeat_interleave(real)
 
 
 def expert_weights(self: Any, used: Iterable[int]) -> Iterator[tuple[int, tuple]]:
