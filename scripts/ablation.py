@@ -21,6 +21,9 @@ def main() -> None:
     what.add_argument("--prepare", type=Path, metavar="PAIRS", help="parquet of training pairs")
     what.add_argument("--table", type=int, choices=sorted(TABLES), help="do the runs that this table needs")
     what.add_argument("--report", action="store_true", help="make tables and plots from the results")
+    what.add_argument(
+        "--parting", type=Path, nargs="+", metavar="RESULT", help="what parted experts do to pairs in these runs"
+    )
     what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
     parser.add_argument("--inputs", type=Path, default=Path("build/ablation/inputs"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/ablation"))
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None, metavar="ARM", help="with --table: these arms of it")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--keep", action="store_true", help="keep trained weights, about 100 MB a run")
     parser.add_argument("--no-kit", action="store_true", help="leave the kit's sets out")
     args = parser.parse_args()
     command = "python " + shlex.join([sys.argv[0], *sys.argv[1:]])
@@ -56,7 +60,12 @@ def main() -> None:
             names = ", ".join(arm.name for arm in TABLES[args.table])
             parser.error(f"--only {' '.join(sorted(unknown))} is not in table {args.table}; allowed: {names}")
         arms = tuple(arm for arm in TABLES[args.table] if args.only is None or arm.name in args.only)
-        run_table(arms, budget, args.inputs, args.results, args.work, args.minutes, args.device, command, kit)
+        run_table(arms, budget, args.inputs, args.results, args.work, args.minutes, args.device, command, kit, args.keep)
+    elif args.parting:
+        from ablation.run import add_parting
+
+        for result in args.parting:
+            add_parting(result, args.work, args.inputs, command)
     elif args.score:
         from ablation.run import add_kit_scores
 

@@ -117,7 +117,7 @@ class Trainee:
         self.setting, self.model, self.texts = setting, model, texts
         arm = setting.arm
         groups = parameter_groups(model, arm)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=setting.device != "cpu")
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
         parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if arm.distillation else None
         self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), arm.distillation)
         self.trained = [parameter for group in groups for parameter in group["params"]]

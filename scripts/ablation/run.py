@@ -7,24 +7,29 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from ablation import loop, scoring
-from ablation.arms import Arm
+from ablation.arms import DENSE, Arm
 from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_texts, load_pairs
 from ablation.loop import Run, Setting
+from ablation.models import build
+from ablation.parting import parting
 from ablation.results import due, read_results, run_name
 from hagmoe_hf import sentence
 from hagmoe_hf.files import write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
+KEPT_WEIGHTS = "trained.safetensors"
 SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is there; more where the kit is scored
 
 
@@ -38,6 +43,7 @@ def run_table(
     device: str,
     command: str,
     kit: bool,
+    keep: bool = False,
 ) -> bool:
     """Do what these arms still need.
 
@@ -51,6 +57,7 @@ def run_table(
         device: Like "cpu" or "cuda".
         command: What was typed, for the results.
         kit: Whether to score the kit at the end of every run.
+        keep: Whether to keep the trained weights, about 100 MB a run, in `work`.
 
     Returns:
         Whether they are complete.
@@ -76,6 +83,8 @@ def run_table(
             break
         run, model = finished
         write_result(folder / f"{name}.json", setting, run, model, pairs, command)
+        if keep:
+            keep_weights(own, model)
         (own / "checkpoint.pt").unlink(missing_ok=True)
         if kit:
             vectors = own / "kit.npz"
@@ -87,6 +96,48 @@ def run_table(
     left = len(due(arms, budget, read_results(folder)))
     print(f"Budget {budget.name}: {left or 'no'} runs left for now", flush=True)
     return not left
+
+
+def keep_weights(folder: Path, model: SentenceTransformer) -> None:
+    """Write trained weights into a run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "trained.partial"
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    os.replace(partial, folder / KEPT_WEIGHTS)
+
+
+def kept_model(result: dict, work: Path, inputs: Path) -> SentenceTransformer:
+    """The trained model of a result, made again from its kept weights.
+
+    Raises:
+        FileNotFoundError: They were not kept.
+    """
+    arm = Arm(**result["arm"])
+    path = work / result["budget"]["name"] / run_name(arm, result["learning_rate"], result["seed"]) / KEPT_WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; allowed: runs that were made with --keep.")
+    texts = calibration_texts(inputs, result["budget"]["calibration_texts"])
+    model = build(replace(arm, dense_share=0.0, calibrated=False), inputs / "parent", texts, result["seed"], "cpu")
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def add_parting(result: Path, work: Path, inputs: Path, command: str) -> None:
+    """Put what parted experts do to pairs, in one run against the dense parent's, into `parting.json` beside its result."""
+    entry = json.loads(result.read_text(encoding="utf-8"))
+    budget, arm = entry["budget"], Arm(**entry["arm"])
+    dense = result.with_name(f"{run_name(DENSE, entry['learning_rate'], entry['seed'])}.json")
+    start = build(replace(arm, dense_share=0.0, calibrated=False), inputs / "parent", [], entry["seed"], "cpu")
+    found = parting(
+        kept_model(entry, work, inputs),
+        kept_model(json.loads(dense.read_text(encoding="utf-8")), work, inputs),
+        sentence.encoder_of(start),
+        load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"]),
+    )
+    path = result.with_name("parting.json")
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known[result.stem] = {"command": command, "commit": entry["commit"], "dense": dense.stem, **found}
+    write_text(path, json.dumps(known, indent=1) + "\n")
 
 
 def score_elsewhere(result: Path, kit: Path, vectors: Path) -> subprocess.Popen:
