@@ -116,21 +116,23 @@ def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: 
     used = [expert for expert, count in enumerate(counts) if count] or [0]
     is_sorted = top_k == 1 and counts[used[0]] == num_tokens  # as for a query that one expert takes whole
     order = None if is_sorted else choices.argsort(stable=True)[:num_choices]  # "no expert" comes last
-    rows = order if order is None or top_k == 1 else order // top_k
-    place = None
-    if hidden_states.dtype != torch.float32 and order is not None:
-        counts, place = _round_up(counts, order.device)
-        rows = order.new_zeros(sum(counts)).index_copy(0, place, rows)
-    states = hidden_states if rows is None else hidden_states.index_select(0, rows)
+    if order is None:
+        states, place = hidden_states, None
+    else:
+        rows = order if top_k == 1 else order // top_k
+        counts, place = (counts, None) if hidden_states.dtype == torch.float32 else _round_up(counts, order.device)
+        if place is not None:
+            rows = rows.new_zeros(sum(counts)).index_copy(0, place, rows)
+        states = hidden_states.index_select(0, rows)
     segments = states.split(counts)
     outputs = [expert_forward(self, segments[expert], weights) for expert, weights in expert_weights(self, used)]
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if place is not None:
         output = output.index_select(0, place)
     if order is not None:
-        rows = num_tokens * top_k
-        target = output.new_empty if num_choices == rows else output.new_zeros
-        output = target(rows, output.shape[-1]).index_copy(0, order, output)
+        size = num_tokens * top_k
+        target = output.new_empty if num_choices == size else output.new_zeros
+        output = target(size, output.shape[-1]).index_copy(0, order, output)
     if top_k > 1:
         return (top_k_weights.unsqueeze(1) @ output.view(num_tokens, top_k, -1)).squeeze(1)
     if torch.is_grad_enabled() or self.config.combine_rule == "softmax":

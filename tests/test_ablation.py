@@ -18,6 +18,7 @@ from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, T
 from ablation.budgets import Budget
 from ablation.loop import Contrastive, Setting
 from ablation.models import build, parameter_groups
+from ablation.parting import one_group, parting, reciprocal_ranks
 from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
 from evaluation_helpers import shipped_rows, write_rows
@@ -315,6 +316,75 @@ def test_scores_find_their_way_into_the_result(prepared, tmp_path):
     assert entry["seed"] == 3
     assert set(entry["kit"]) == {"sts.wordsim353", "retrieval.arxiv_tags"}
     assert not (tmp_path / "kit.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["dense", "hag", "domain-label", "branch-late"])
+def test_kept_weights_give_the_trained_model_back(name, prepared, pairs, dev, tmp_path):
+    arm = ARMS[name]
+    model = trained(arm, prepared, pairs, dev, tmp_path / "run")[1].eval()
+    entry = {
+        "arm": dataclasses.asdict(fitted(arm)), "budget": dataclasses.asdict(TINY_BUDGET), "learning_rate": 1e-3, "seed": 0,
+    }  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="--keep"):
+        run.kept_model(entry, tmp_path, prepared)
+    run.keep_weights(tmp_path / "tiny" / f"{name}_lr0.001_seed0", model)
+    assert scoring.dev_scores(run.kept_model(entry, tmp_path, prepared), dev) == scoring.dev_scores(model, dev)
+
+
+def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs, dev, tmp_path):
+    """At the start nothing has parted and every variant is the parent; later each figure is what its name says."""
+    dense, start = model_of(DENSE, prepared), model_of(HAG, prepared)
+    found = parting(start, dense, sentence.encoder_of(model_of(HAG, prepared)), dev)
+    assert set(found["macro_mrr"]) == {
+        "dense",
+        "as trained",
+        "experts merged",
+        *(f"all texts in group {g}" for g in range(4)),
+    }
+    assert list(found["macro_mrr"].values()) == pytest.approx([found["macro_mrr"]["dense"]] * 7, abs=1e-9)
+    assert sum(part["pairs"] for part in found["by_agreement"].values()) == dev.first_rows[-1]
+    assert all(part["difference"] == 0 for part in found["by_agreement"].values())
+
+    model = trained(HAG, prepared, pairs, dev, tmp_path)[1]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    encoder = sentence.encoder_of(start)
+    found = parting(model, dense, encoder, dev)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "it is left as it was"
+    assert found["macro_mrr"]["as trained"] == pytest.approx(100 * np.mean(list(scoring.dev_scores(model, dev)[0].values())))
+    to_either_side = torch.tensor([1.0, -1.0]).repeat(4)
+    with torch.no_grad():
+        for layer in encoder.config.sparse_layers:
+            for name, stack in sentence.encoder_of(model).layers[layer].mlp.experts.named_parameters():
+                side = to_either_side.view(-1, *[1] * (stack.dim() - 1))
+                stack.copy_(encoder.layers[layer].mlp.experts.get_parameter(name) + 4 + side)
+    assert parting(model, dense, encoder, dev)["expert_distance"] == pytest.approx([1 / 4, 1 / 4])
+
+
+def test_texts_of_one_group_agree(prepared, dev):
+    model = model_of(HAG, prepared)
+    encoder = sentence.encoder_of(model)
+    with torch.no_grad(), one_group(encoder, 2):
+        _, groups = reciprocal_ranks(model, dev)
+    assert groups.shape == (2, dev.first_rows[-1], 2)
+    assert (groups == 2).all()
+    assert not any(encoder.layers[layer].mlp.router.group_bias.any() for layer in encoder.config.sparse_layers)
+
+
+def test_kept_runs_are_scored_later(prepared, pairs, dev, tmp_path, monkeypatch):
+    budget = dataclasses.replace(TINY_BUDGET, seeds=(0,))
+    paths = (prepared, tmp_path / "results", tmp_path / "work")
+    arms = (fitted(DENSE),)
+    assert run.run_table(arms, budget, *paths, minutes=9, device="cpu", command="x", kit=False, keep=True)
+    file = tmp_path / "results/tiny/dense_lr0.001_seed0.json"
+    assert json.loads(file.read_text())["kit"] is None
+
+    def score_here(result, kit, vectors):
+        run.add_kit_scores(result, kit, vectors)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(run, "score_elsewhere", score_here)
+    assert run.run_table(arms, budget, *paths, minutes=9, device="cpu", command="x", kit=True)
+    assert set(json.loads(file.read_text())["kit"]) == {"sts.wordsim353", "retrieval.arxiv_tags"}
 
 
 def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4) -> dict:

@@ -50,14 +50,7 @@ def parting(mixture: SentenceTransformer, dense: SentenceTransformer, start: Hag
         variants["experts merged"] = reciprocal_ranks(mixture, dev)[0]
     agreeing = (groups[0] == groups[1]).sum(-1)
     difference = 100 * (ranks - dense_ranks)
-    by_agreement = {
-        int(count): {
-            "pairs": int((agreeing == count).sum()),
-            "difference": float(difference[agreeing == count].mean()),
-            "standard_error": float(difference[agreeing == count].std(ddof=1) / (agreeing == count).sum() ** 0.5),
-        }
-        for count in np.unique(agreeing)
-    }
+    by_agreement = {int(count): _mean_with_error(difference[agreeing == count]) for count in np.unique(agreeing)}
     macro = {name: 100 * float(np.mean(_by_domain(values, dev))) for name, values in variants.items()}
     distances = [
         expert_distance(*(e.layers[layer].mlp.experts for e in (encoder, start))) for layer in encoder.config.sparse_layers
@@ -91,6 +84,7 @@ def reciprocal_ranks(model: SentenceTransformer, dev: Pairs) -> tuple[np.ndarray
 def _encode(model: SentenceTransformer, dev: Pairs, column: int) -> tuple[Tensor, np.ndarray]:
     """Unit vectors (pairs, D) and groups (pairs, sparse layers) of one column."""
     encoder = sentence.encoder_of(model)
+    size = getattr(encoder.config, "experts_per_group", 1)
     seen: list[Tensor] = []
     routers = [module for module in encoder.modules() if isinstance(module, HagMoeRouter)]
     vectors, groups = [], []
@@ -101,12 +95,21 @@ def _encode(model: SentenceTransformer, dev: Pairs, column: int) -> tuple[Tensor
             features = dev.features(rows[first : first + BATCH_SIZE])[column]
             mask = features["attention_mask"].bool()
             vectors.append(torch.nn.functional.normalize(model(features)["sentence_embedding"], dim=-1))
-            starts = mask.sum(1).cumsum(0) - mask.sum(1)  # routers see the real tokens alone, text after text
-            per_group = encoder.config.experts_per_group if routers else 1
-            groups.append(
-                torch.stack([index[starts] // per_group for index in seen], 1) if seen else mask.new_empty(len(mask), 0)
-            )
+            chosen = [first_choices(index, mask) // size for index in seen]
+            groups.append(torch.stack(chosen, dim=-1) if chosen else mask.new_empty(len(mask), 0))
     return torch.cat(vectors), torch.cat(groups).numpy()
+
+
+def first_choices(index: Tensor, mask: Tensor) -> Tensor:
+    """(B,) the expert of every text's first token, from all tokens or from real ones alone, as little padding is routed too.
+
+    Args:
+        index: (B * L,) or (real tokens,) experts.
+        mask: (B, L) bool, True at real tokens, which come first in every row.
+    """
+    lengths = mask.sum(1)
+    starts = lengths.cumsum(0) - lengths if len(index) == lengths.sum() else torch.arange(len(mask)) * mask.shape[1]
+    return index[starts]
 
 
 @contextmanager
@@ -145,6 +148,11 @@ def merged_experts(encoder: HagMoeModel) -> Iterator[None]:
     finally:
         for stack, values in zip(stacks, kept, strict=True):
             stack.copy_(values)
+
+
+def _mean_with_error(differences: np.ndarray) -> dict[str, float | int | None]:
+    error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else None
+    return {"pairs": len(differences), "difference": float(differences.mean()), "standard_error": error}
 
 
 def _by_domain(values: np.ndarray, dev: Pairs) -> list[float]:

@@ -56,7 +56,7 @@ def run_table(
         minutes: After these it stops, with a checkpoint, and the next call goes on.
         device: Like "cpu" or "cuda".
         command: What was typed, for the results.
-        kit: Whether to score the kit at the end of every run.
+        kit: Whether to score the kit at the end of every run, and of kept ones that were not scored.
         keep: Whether to keep the trained weights, about 100 MB a run, in `work`.
 
     Returns:
@@ -67,10 +67,14 @@ def run_table(
     pairs = load_pairs(inputs, "train", budget.max_length, device)
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
     texts = calibration_texts(inputs, budget.calibration_texts)
-    waiting = [
-        path for path in (work / budget.name).glob("*/kit.npz") if kit and (folder / f"{path.parent.name}.json").is_file()
-    ]
-    scorers = [score_elsewhere(folder / f"{path.parent.name}.json", inputs / "kit", path) for path in waiting]
+    scorers = []
+    for name, result in read_results(folder).items() if kit else ():
+        vectors = work / budget.name / name / "kit.npz"
+        if result["arm"]["name"] in {arm.name for arm in arms} and not result["kit"]:
+            if not vectors.is_file() and (vectors.parent / KEPT_WEIGHTS).is_file():
+                scoring.record(kept_model(result, work, inputs), scoring.kit_sets(inputs / "kit"), vectors)
+            if vectors.is_file():
+                scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
     while todo := due(arms, budget, read_results(folder)):
         arm, rate, seed = todo[0]
         setting = Setting(arm, budget, rate, seed, inputs, device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ablation.inputs import Pairs
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, set_domain
-from hagmoe_hf import sentence
+from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.evaluation.kit import KitSet, find_sets
 from hagmoe_hf.modeling_hagmoe import HagMoeRouter
 from hagmoe_hf.training.monitor import max_violation
@@ -162,6 +162,8 @@ def set_texts(kit_set: KitSet) -> list[str]:
 
 def record(model: SentenceTransformer, sets: list[KitSet], path: Path) -> None:
     """Write the vectors of every text of every set; a text in two sets is encoded twice, since domains may route it."""
+    if not isinstance(sentence.encoder_of(model), HagMoeModel):
+        model = upcycle(model)  # the same vectors, and on a CPU much sooner: a mixture computes no padding
     model.eval()
     arrays = {}
     for kit_set in sets:
