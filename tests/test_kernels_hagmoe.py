@@ -73,10 +73,11 @@ def test_rows_added_for_a_rounder_shape_change_neither_output_nor_gradient(dtype
     torch.manual_seed(0)
     experts = tiny_model(num_experts_per_tok=top_k).layers[1].mlp.experts.to(dtype)
     states = torch.randn(150, experts.down_proj.shape[1], dtype=dtype, requires_grad=True)
+    none = experts.num_experts
     # Unevenly, one expert without a token, some tokens without an expert
-    index = torch.cat([torch.zeros(97), torch.randint(1, 3, (45,)), torch.full((8,), 4)]).long()
-    index = torch.stack([index, torch.where(index < 4, (index + 1) % 3, 4)], dim=-1)[:, :top_k]
-    weights = (index < 4).to(dtype) * torch.rand(150, top_k, dtype=dtype)
+    first = torch.cat([torch.zeros(97), torch.randint(1, none - 1, (45,)), torch.full((8,), none)]).long()
+    index = torch.stack([first, torch.where(first < none, (first + 1) % (none - 1), none)], dim=-1)[:, :top_k]
+    weights = (index < none).to(dtype) * torch.rand(150, top_k, dtype=dtype)
     found = {}
     for implementation in ("segmented_mm", "eager"):
         experts.config._experts_implementation = implementation
