@@ -1,10 +1,12 @@
-"""Measure on this machine what two thresholds of the CPU kernels stand on, each way against the plain one, in turns.
+"""Measure on this machine what three constants of the CPU kernels stand on, each way against the plain one, in turns.
 
     python scripts/kernel_choices.py docs/results/kernel-choices.json
 
 - `FEW_TOKENS` (kernels_hagmoe.py): for how many tokens `weight @ states.T` beats `states @ weight.T`, at MiniLM's shapes.
 - `MOST_REAL` (modeling_hagmoe.py): from which share of real tokens on leaving padding out of a batch costs more than it
   saves, on the upcycled all-MiniLM-L6-v2.
+- `ROUND_ROWS` (kernels_hagmoe.py): to which multiple an expert's rows are rounded up outside of float32, where every shape
+  that was not seen lately is prepared anew; forward and backward of one layer's experts.
 """
 
 import argparse
@@ -29,6 +31,7 @@ SHAPES = ((384, 768), (768, 384), (384, 384))  # (in, out): an expert's two prod
 TOKENS = (1, 2, 4, 5, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96)
 REAL = (0.8, 0.9, 0.94, 0.96, 0.97, 0.98, 0.99)  # shares of a batch's tokens
 BATCH, LENGTH = 32, 64
+MULTIPLES = (1, 16, 32, 64, 128)
 CALLS = 50  # of a product in one measurement
 
 
@@ -72,6 +75,27 @@ def padding_left_out(rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+@torch.inference_mode(False)
+def rounded_rows(rounds: int) -> dict[str, dict[str, float]]:
+    """How many times as fast a layer's experts train in bfloat16 with their rows rounded up, by the multiple."""
+    encoder = sentence.encoder_of(upcycle(str(parent_folder())))
+    experts = encoder.layers[encoder.config.sparse_layers[0]].mlp.experts.to(torch.bfloat16)
+    states = torch.randn(BATCH * LENGTH, encoder.config.hidden_size, dtype=torch.bfloat16)
+    weights = torch.ones(len(states), 1, dtype=torch.bfloat16)
+
+    def train(multiple: int) -> None:
+        before, kernels_hagmoe.ROUND_ROWS = kernels_hagmoe.ROUND_ROWS, multiple
+        load = torch.rand(experts.num_experts)  # every batch has its own
+        try:
+            experts(states, load.multinomial(len(states), replacement=True).unsqueeze(1), weights).sum().backward()
+        finally:
+            kernels_hagmoe.ROUND_ROWS = before
+
+    ways = {str(multiple): partial(train, multiple) for multiple in MULTIPLES}
+    seconds = interleave(ways, 10 * rounds, warm_up=20)
+    return {name: paired_ratio(seconds[name], seconds["1"]) for name in ways if name != "1"}
+
+
 def whole_query(rounds: int) -> dict[str, dict[str, float]]:
     """How many times as fast one text is with products turned around, by its number of tokens."""
     encoder = sentence.encoder_of(upcycle(str(parent_folder()))).eval()
@@ -102,7 +126,7 @@ def _at(most_real: float, run: Callable[[], object]) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure both and write the JSON."""
+    """Measure them and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
@@ -114,13 +138,15 @@ def main() -> None:
         "command": f"python scripts/kernel_choices.py {args.output}",
         "date": date.today().isoformat(),
         **machine(),
-        "thresholds": {
+        "constants": {
             "FEW_TOKENS": [kernels_hagmoe.FEW_TOKENS.start, kernels_hagmoe.FEW_TOKENS.stop],
             "MOST_REAL": modeling_hagmoe.MOST_REAL,
+            "ROUND_ROWS": kernels_hagmoe.ROUND_ROWS,
         },
         "times as fast turned around, by tokens": turned_around(args.rounds),
         "times as fast turned around, one query, by tokens": whole_query(args.rounds),
         "times as fast without padding, by share of real tokens": padding_left_out(args.rounds),
+        "times as fast in bfloat16, by the multiple of rows": rounded_rows(args.rounds),
     }
     write_text(args.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
