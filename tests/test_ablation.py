@@ -229,6 +229,16 @@ def test_training_moves_what_the_arm_says_and_nothing_else(prepared, pairs, dev,
         assert any("group_bias" in name for name in moved) == (arm.balancing is not None)
 
 
+@pytest.mark.parametrize(("name", "apart"), [("gradient-1", False), ("gradient-0.5", True)])
+def test_experts_that_share_all_of_their_gradients_stay_equal(name, apart, prepared, pairs, dev, tmp_path):
+    model = trained(ARMS[name], prepared, pairs, dev, tmp_path)[1]
+    start = sentence.encoder_of(model_of(HAG, prepared)).state_dict()
+    for key, stack in sentence.encoder_of(model).state_dict().items():
+        if ".experts." in key:
+            assert torch.allclose(stack, stack[:1].expand_as(stack), atol=1e-7) != apart
+            assert not torch.equal(stack, start[key])
+
+
 def test_rates_differ_by_kind_of_parameter(prepared):
     arm = fitted(dataclasses.replace(HAG, expert_rate=4.0, router_rate=10.0))
     model = build(arm, prepared / "parent", [], 0, "cpu")

@@ -20,6 +20,7 @@ class Arm:
         balancing: Arguments of `RouterCallback`; None for no balancing.
         expert_rate: Factor on the learning rate of the routed experts.
         router_rate: Factor on the learning rate of the routers.
+        shared_gradient: Part of the sum over all experts' gradients in each expert's, from 0 to 1, where they stay equal.
         frozen_gates: Share of the steps in which the routers stay as they are.
         dense_share: Share of the steps that train the dense parent, before it is upcycled.
         average: Decay of the weights' moving average, which is what is evaluated at the end; 0 for none.
@@ -37,6 +38,7 @@ class Arm:
     balancing: Mapping[str, float] | None = field(default_factory=dict)
     expert_rate: float = 1.0
     router_rate: float = 1.0
+    shared_gradient: float = 0.0
     frozen_gates: float = 0.0
     dense_share: float = 0.0
     average: float = 0.0
@@ -85,6 +87,9 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         DENSE,
         CALIBRATED,
         _variant("experts-x4", "experts learn four times as fast: their gradients are rare", expert_rate=4.0),
+        _variant("gradient-0.2", "experts learn to a fifth from each other's tokens", shared_gradient=0.2),
+        _variant("gradient-0.5", "experts learn as much from each other's tokens as from their own", shared_gradient=0.5),
+        _variant("gradient-1", "experts learn the same: the dense parent, trained in a mixture's form", shared_gradient=1.0),
         _variant("router-x10", "routers learn ten times as fast", router_rate=10.0),
         _variant("frozen-gates", "gates held for the first quarter", frozen_gates=0.25),
         _variant("no-balancing", "nothing balances", balancing=None),

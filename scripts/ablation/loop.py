@@ -8,6 +8,7 @@ loss is tested equal to MultipleNegativesRankingLoss.
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,9 @@ class Trainee:
         self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), arm.distillation)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.average = [parameter.detach().clone() for parameter in self.trained] if arm.average else []
+        for group in groups if arm.shared_gradient else ():
+            for stack in group["params"] if group["kind"] == "experts" else ():
+                stack.register_hook(partial(share_gradient, arm.shared_gradient))
         self.routers = [module for module in model.modules() if isinstance(module, FixedRouter)]
         self.callback: RouterCallback | None = None
         if self.is_mixture and arm.balancing is not None:
@@ -173,6 +177,11 @@ class Trainee:
         """Take the taps off the model."""
         if self.callback is not None:
             self.callback.on_train_end(None, None, None)
+
+
+def share_gradient(part: float, gradient: Tensor) -> Tensor:
+    """(E, ...) -> (E, ...): each expert's own gradient, mixed with the sum over all experts."""
+    return gradient.lerp(gradient.sum(0, keepdim=True).expand_as(gradient), part)
 
 
 def _schedule(step: int, budget: Budget) -> float:
