@@ -43,6 +43,8 @@ BUDGETS = {
         Budget("screening", 150, 48, 32, (1e-4,), (0, 1, 2), 40, 3),
         # For a CPU with bfloat16 matrix units: three seeds, two rates
         Budget("small", 300, 64, 32, (1e-4, 3e-4), (0, 1, 2), 100, 3, bfloat16=True),
+        # The same, five times as long: does capacity pay later?
+        Budget("medium", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?
