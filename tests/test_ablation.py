@@ -18,7 +18,7 @@ from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, T
 from ablation.budgets import Budget
 from ablation.loop import Contrastive, Setting
 from ablation.models import build, parameter_groups
-from ablation.parting import one_group, parting, reciprocal_ranks
+from ablation.parting import mean_with_error, one_group, parting, reciprocal_ranks
 from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
 from evaluation_helpers import shipped_rows, write_rows
@@ -353,7 +353,8 @@ def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs,
     }
     assert list(found["macro_mrr"].values()) == pytest.approx([found["macro_mrr"]["dense"]] * 7, abs=1e-9)
     assert sum(part["pairs"] for part in found["by_agreement"].values()) == dev.first_rows[-1]
-    assert all(part["difference"] == 0 for part in found["by_agreement"].values())
+    assert all(part["mean"] == 0 for part in found["by_agreement"].values())
+    assert found["difference"] == {"pairs": dev.first_rows[-1], "mean": 0, "standard_error": 0}
 
     model = trained(HAG, prepared, pairs, dev, tmp_path)[1]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -368,6 +369,19 @@ def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs,
                 side = to_either_side.view(-1, *[1] * (stack.dim() - 1))
                 stack.copy_(encoder.layers[layer].mlp.experts.get_parameter(name) + 4 + side)
     assert parting(model, dense, encoder, dev)["expert_distance"] == pytest.approx([1 / 4, 1 / 4])
+
+
+def test_an_error_over_domains_is_that_of_their_means():
+    random = np.random.default_rng(0)
+    parts = [random.normal(size=(4000, size)) * spread + spread for size, spread in ((40, 1.0), (10, 3.0))]
+    found = mean_with_error([part[0] for part in parts])
+    assert found["pairs"] == 50
+    assert found["mean"] == pytest.approx((parts[0][0].mean() + parts[1][0].mean()) / 2)
+    drawn = [mean_with_error([part[i] for part in parts]) for i in range(4000)]
+    assert np.std([one["mean"] for one in drawn]) == pytest.approx(
+        np.mean([one["standard_error"] for one in drawn]), rel=0.1
+    )
+    assert mean_with_error([np.ones(1), np.ones(5)])["standard_error"] is None
 
 
 def test_texts_of_one_group_agree(prepared, dev):

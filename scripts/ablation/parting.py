@@ -32,11 +32,11 @@ def parting(mixture: SentenceTransformer, dense: SentenceTransformer, start: Hag
         dev: Held-out pairs.
 
     Returns:
-        `macro_mrr`: for each variant the mean over domains of the mean reciprocal rank, 0 to 100; `by_agreement`: for each
-        number of sparse layers that send both texts of a pair to one group the pairs, and the mixture's mean reciprocal
-        rank minus the dense parent's, with its standard error; `expert_distance`: by sparse layer, how far the experts
-        parted (root mean square distance of their weights from their mean) over how far they went together (of the mean
-        from where all began).
+        `macro_mrr`: for each variant the mean over domains of the mean reciprocal rank, 0 to 100; `difference`: of the
+        mixture to the dense parent, with its standard error over pairs; `by_agreement`: the same for the pairs whose texts
+        so many sparse layers send to one group, a plain mean over pairs; `expert_distance`: by sparse layer, how far the
+        experts parted (root mean square distance of their weights from their mean) over how far they went together (of
+        the mean from where all began).
     """
     mixture.eval(), dense.eval()
     encoder = sentence.encoder_of(mixture)
@@ -49,13 +49,18 @@ def parting(mixture: SentenceTransformer, dense: SentenceTransformer, start: Hag
     with merged_experts(encoder):
         variants["experts merged"] = reciprocal_ranks(mixture, dev)[0]
     agreeing = (groups[0] == groups[1]).sum(-1)
-    difference = 100 * (ranks - dense_ranks)
-    by_agreement = {int(count): _mean_with_error(difference[agreeing == count]) for count in np.unique(agreeing)}
-    macro = {name: 100 * float(np.mean(_by_domain(values, dev))) for name, values in variants.items()}
+    gain = 100 * (ranks - dense_ranks)
+    by_agreement = {int(count): mean_with_error([gain[agreeing == count]]) for count in np.unique(agreeing)}
+    macro = {name: mean_with_error(by_domain(100 * values, dev))["mean"] for name, values in variants.items()}
     distances = [
         expert_distance(*(e.layers[layer].mlp.experts for e in (encoder, start))) for layer in encoder.config.sparse_layers
     ]
-    return {"macro_mrr": macro, "by_agreement": by_agreement, "expert_distance": distances}
+    return {
+        "macro_mrr": macro,
+        "difference": mean_with_error(by_domain(gain, dev)),
+        "by_agreement": by_agreement,
+        "expert_distance": distances,
+    }
 
 
 def expert_distance(trained: HagMoeExperts, start: HagMoeExperts) -> float:
@@ -150,10 +155,14 @@ def merged_experts(encoder: HagMoeModel) -> Iterator[None]:
             stack.copy_(values)
 
 
-def _mean_with_error(differences: np.ndarray) -> dict[str, float | int | None]:
-    error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else None
-    return {"pairs": len(differences), "difference": float(differences.mean()), "standard_error": error}
+def by_domain(values: np.ndarray, dev: Pairs) -> list[np.ndarray]:
+    """(pairs,) cut into domains."""
+    return np.split(values, dev.first_rows[1:-1])
 
 
-def _by_domain(values: np.ndarray, dev: Pairs) -> list[float]:
-    return [float(values[first:end].mean()) for first, end in zip(dev.first_rows, dev.first_rows[1:], strict=False)]
+def mean_with_error(parts: list[np.ndarray]) -> dict[str, float | int | None]:
+    """Mean over parts of their means, with its standard error; None for that where a part has a single value."""
+    error = None
+    if min(map(len, parts)) > 1:
+        error = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / len(parts))
+    return {"pairs": sum(map(len, parts)), "mean": float(np.mean([part.mean() for part in parts])), "standard_error": error}

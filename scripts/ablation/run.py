@@ -136,7 +136,7 @@ def add_parting(result: Path, work: Path, inputs: Path, command: str) -> None:
         kept_model(entry, work, inputs),
         kept_model(json.loads(dense.read_text(encoding="utf-8")), work, inputs),
         sentence.encoder_of(start),
-        load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"]),
+        load_pairs(inputs, "dev", budget["max_length"], "cpu"),
     )
     path = result.with_name("parting.json")
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
