@@ -108,8 +108,8 @@ def test_kill_9_loses_and_doubles_nothing(tiny_parent, model, corpus, tmp_path):
     """It is what a preempted machine does, in the middle of a file."""
     path, out = write(tmp_path / "x.jsonl", corpus * 4), tmp_path / "out"
     program = (
-        "import sys\nfrom hagmoe_hf import bulk\n"
-        f"bulk.encode({str(tiny_parent)!r}, [{str(path)!r}], bulk.Path({str(out)!r}), id_column='id', shard_rows=8)\n"
+        "import sys\nfrom pathlib import Path\nfrom hagmoe_hf import bulk\n"
+        f"bulk.encode({str(tiny_parent)!r}, [{str(path)!r}], Path({str(out)!r}), id_column='id', shard_rows=8)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
     while len(list(out.glob("shards/0*"))) < 5 and process.poll() is None:
