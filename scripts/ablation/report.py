@@ -20,7 +20,8 @@ BASELINE = "dense"
 # The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
 LEAST_GAIN, DEVIATIONS, LARGEST_LOSS = 1.0, 2.0, 0.5
 HEADINGS = (
-    "arm", "rate", "seeds", "active M", "total M", "held-out MRR", "difference", "crossover at", "kit", "difference",
+    "arm", "rate", "seeds", "active M", "total M", "held-out MRR", "difference", "crossover at", "loss",
+    "kit", "difference",
     "unseen sources", "MaxVio groups", "s/step", "pays?",
 )  # fmt: skip
 # Sets of the kit from sources that contributed no training pair
@@ -176,6 +177,7 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
     is_baseline = arm.name == BASELINE
     held_out = np.mean([macro(run["curve"][-1]["dev_mrr"]) for run in runs.values()])
     dev = gains(runs, baseline, lambda run: macro(run["curve"][-1]["dev_mrr"]))
+    loss = gains(runs, baseline, lambda run: run["curve"][-1]["loss"])
     kit, unseen = gains(runs, baseline, kit_macro), gains(runs, baseline, lambda run: kit_macro(run, UNSEEN))
     parts = {}
     if kit is not None and not is_baseline:
@@ -192,6 +194,7 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         f"{held_out:.2f}",
         "" if is_baseline else str(dev or ""),
         f"{cross:,}" if cross else "",
+        f"{loss.mean:+.4f}" + (f" ± {loss.deviation:.4f}" if loss.seeds > 1 else "") if loss and not is_baseline else "",
         f"{np.mean(scored):.2f}" if scored else "",
         "" if is_baseline else str(kit or ""),
         "" if is_baseline else str(unseen or ""),
