@@ -53,7 +53,7 @@ def run_table(
         inputs: Folder that `prepare` made.
         results: Folder of results; those of a budget lie in its sub-folder.
         work: Folder for checkpoints and vectors.
-        minutes: After these it stops, with a checkpoint, and the next call goes on.
+        minutes: After these it stops, with a checkpoint, and the next call goes on; 0 only scores kept runs.
         device: Like "cpu" or "cuda".
         command: What was typed, for the results.
         kit: Whether to score the kit at the end of every run, and of kept ones that were not scored.
@@ -75,7 +75,7 @@ def run_table(
                 scoring.record(kept_model(result, work, inputs), scoring.kit_sets(inputs / "kit"), vectors)
             if vectors.is_file():
                 scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
-    while todo := due(arms, budget, read_results(folder)):
+    while time.monotonic() < deadline and (todo := due(arms, budget, read_results(folder))):
         arm, rate, seed = todo[0]
         setting = Setting(arm, budget, rate, seed, inputs, device)
         if device != "cpu":
