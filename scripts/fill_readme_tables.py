@@ -84,10 +84,12 @@ def ablation() -> str:
         return undecided
     ends = {name: run["curve"][-1] for name, run in runs.items()}
     ranks = {name: 100 * fmean(end["dev_mrr"].values()) for name, end in ends.items()}
-    others = ", ".join(f"`{name}` {rank:.1f}" for name, rank in ranks.items() if name != "dense")
+    kits = {name: 100 * fmean(entry["score"] for entry in run["kit"].values()) for name, run in runs.items() if run["kit"]}
+    found = {name: f"{rank:.1f}" + (f" (kit {kits[name]:.1f})" if name in kits else "") for name, rank in ranks.items()}
+    others = ", ".join(f"`{name}` {scores}" for name, scores in found.items() if name != "dense")
     return (
         f"{undecided} On a CPU, with one seed and {ends['dense']['pairs']:,} pairs for each, held-out MRR over "
-        f"{len(ends['dense']['dev_mrr'])} domains is {ranks['dense']:.1f} for the dense parent and, for mixtures, {others} "
+        f"{len(ends['dense']['dev_mrr'])} domains is {found['dense']} for the dense parent and, for mixtures, {others} "
         "([table](docs/results/ablation/medium/table3.md), [log](docs/log.md))."
     )
 
