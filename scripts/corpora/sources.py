@@ -93,7 +93,8 @@ class Sources:
                 _unzip(archive, self.pypi / archive.name.split("-")[0])
             elif archive.suffix in (".gz", ".tgz"):
                 with tarfile.open(archive) as tar:
-                    tar.extractall(self.pypi / archive.name.rsplit("-", 1)[0], filter="data")
+                    tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+                    tar.extractall(self.pypi / archive.name.rsplit("-", 1)[0])
             elif archive.suffix == ".deb":
                 target = self.root / "debian" / archive.name.split("_")[0]
                 target.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,8 @@ def _unpack_suite(folder: Path) -> None:
         command = [*download, "--no-build-isolation", "--dest", downloads, name.replace("-", "==")]
         subprocess.run(command, check=True)
         with tarfile.open(next(Path(downloads).glob("transformers-*.tar.gz"))) as sdist:
-            sdist.extractall(downloads, filter="data")
+            sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+            sdist.extractall(downloads)
         (folder / "tests").mkdir()
         (folder / "tests/__init__.py").touch()
         for path in (Path(downloads) / name / "tests").glob("test_*.py"):
