@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 # So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then
 FEW_TOKENS = range(12, 49)
-# Outside of float32 every shape that was not seen lately is prepared anew: few numbers of rows are soon all known (as above)
+# Outside of float32 every shape that was not seen lately is prepared anew, so an expert's rows are rounded up (same file)
 ROUND_ROWS = 64
 
 

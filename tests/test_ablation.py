@@ -300,13 +300,15 @@ def test_held_out_rank_is_1_for_the_right_positive(prepared, dev):
     assert set(scoring.dev_scores(model_of(HAG, prepared), dev)[1]) == {"0", "1"}
 
 
-def test_recorded_vectors_score_as_the_model_itself(prepared, tmp_path):
-    """The kit is scored from vectors in another process; it must be `hagmoe evaluate`'s score."""
+@pytest.mark.parametrize("arm", [HAG, DENSE], ids=lambda arm: arm.name)
+def test_recorded_vectors_score_as_the_model_itself(arm, prepared, tmp_path):
+    """The kit is scored from vectors in another process; it must be `hagmoe evaluate`'s score, though a dense model's
+    vectors are recorded through its mixture."""
     from hagmoe_hf.evaluation.models import candidate
     from hagmoe_hf.evaluation.runner import score_models
     from hagmoe_hf.evaluation.tasks import local_task
 
-    model = model_of(HAG, prepared)
+    model = model_of(arm, prepared)
     sets = scoring.kit_sets(prepared / "kit")
     scoring.record(model, sets, tmp_path / "kit.npz")
     scores = scoring.score_recorded(prepared / "kit", tmp_path / "kit.npz", "recorded")

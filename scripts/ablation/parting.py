@@ -38,7 +38,8 @@ def parting(mixture: SentenceTransformer, dense: SentenceTransformer, start: Hag
         experts parted (root mean square distance of their weights from their mean) over how far they went together (of
         the mean from where all began).
     """
-    mixture.eval(), dense.eval()
+    mixture.eval()
+    dense.eval()
     encoder = sentence.encoder_of(mixture)
     ranks, groups = reciprocal_ranks(mixture, dev)
     dense_ranks, _ = reciprocal_ranks(dense, dev)

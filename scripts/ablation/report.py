@@ -45,8 +45,13 @@ class Difference:
     deviation: float
     seeds: int
 
+    def __format__(self, spec: str) -> str:
+        """The mean with its sign, and the deviation where there is one, each as the spec says; ".2f" by default."""
+        spec = spec or ".2f"
+        return f"{self.mean:+{spec}}" + (f" ± {self.deviation:{spec}}" if self.seeds > 1 else "")
+
     def __str__(self) -> str:
-        return f"{self.mean:+.2f}" + (f" ± {self.deviation:.2f}" if self.seeds > 1 else "")
+        return format(self)
 
 
 def difference(values: list[float]) -> Difference:
@@ -194,7 +199,7 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         f"{held_out:.2f}",
         "" if is_baseline else str(dev or ""),
         f"{cross:,}" if cross else "",
-        f"{loss.mean:+.4f}" + (f" ± {loss.deviation:.4f}" if loss.seeds > 1 else "") if loss and not is_baseline else "",
+        "" if is_baseline or loss is None else f"{loss:.4f}",
         f"{np.mean(scored):.2f}" if scored else "",
         "" if is_baseline else str(kit or ""),
         "" if is_baseline else str(unseen or ""),

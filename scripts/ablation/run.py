@@ -120,23 +120,26 @@ def kept_model(result: dict, work: Path, inputs: Path) -> SentenceTransformer:
     path = work / result["budget"]["name"] / run_name(arm, result["learning_rate"], result["seed"]) / KEPT_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; allowed: runs that were made with --keep.")
-    texts = calibration_texts(inputs, result["budget"]["calibration_texts"])
-    model = build(replace(arm, dense_share=0.0, calibrated=False), inputs / "parent", texts, result["seed"], "cpu")
+    model = _untrained(result, inputs)
     model.load_state_dict(load_file(path))
     return model.eval()
+
+
+def _untrained(result: dict, inputs: Path) -> SentenceTransformer:
+    """The model of a result before training, but for where its gates started, on the CPU."""
+    arm = replace(Arm(**result["arm"]), dense_share=0.0, calibrated=False)
+    return build(arm, inputs / "parent", [], result["seed"], "cpu")
 
 
 def add_parting(result: Path, work: Path, inputs: Path, command: str) -> None:
     """Put what parted experts do to pairs, in one run against the dense parent's, into `parting.json` beside its result."""
     entry = json.loads(result.read_text(encoding="utf-8"))
-    budget, arm = entry["budget"], Arm(**entry["arm"])
     dense = result.with_name(f"{run_name(DENSE, entry['learning_rate'], entry['seed'])}.json")
-    start = build(replace(arm, dense_share=0.0, calibrated=False), inputs / "parent", [], entry["seed"], "cpu")
     found = parting(
         kept_model(entry, work, inputs),
         kept_model(json.loads(dense.read_text(encoding="utf-8")), work, inputs),
-        sentence.encoder_of(start),
-        load_pairs(inputs, "dev", budget["max_length"], "cpu"),
+        sentence.encoder_of(_untrained(entry, inputs)),
+        load_pairs(inputs, "dev", entry["budget"]["max_length"], "cpu"),
     )
     path = result.with_name("parting.json")
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
