@@ -106,15 +106,13 @@ def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], 
         functions = {name: partial(forward, encoder, batch) for name, encoder in in_dtype(dtype).items()}
         return timed(functions, device, rounds)
 
-    def query(dtype: torch.dtype) -> dict:
+    def query(dtype: torch.dtype, compiled: bool) -> dict:
         text = query_of(parent.tokenizer, texts, 16)
         batch = parent.tokenizer([text], return_tensors="pt").to(device)
-        functions = {}
-        for name, encoder in in_dtype(dtype).items():
-            functions[name] = partial(forward, encoder, batch)
-            if is_cuda:  # CUDA graphs
-                compiled = torch.compile(encoder, mode="reduce-overhead", fullgraph=True)
-                functions[f"{name}, CUDA graph"] = partial(forward, compiled, batch)
+        functions = {name: partial(forward, encoder, batch) for name, encoder in in_dtype(dtype).items()}
+        for name, encoder in in_dtype(dtype).items() if compiled else ():  # with a GPU, as CUDA graphs
+            graph = torch.compile(encoder, mode="reduce-overhead", fullgraph=True)
+            functions[f"{name}, compiled"] = partial(forward, graph, batch)
         return timed(functions, device, 5 * rounds)
 
     def encode(dtype: torch.dtype) -> dict:
@@ -146,7 +144,8 @@ def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], 
         for size in BATCHES:
             found[f"forward, {size} padded texts, {name}"] = partial(encoders, size, dtype)
         found[f"encode, {len(texts)} texts, {name}"] = partial(encode, dtype)
-        found[f"one query of 16 tokens, {name}"] = partial(query, dtype)
+        found[f"one query of 16 tokens, {name}"] = partial(query, dtype, compiled=False)
+        found[f"one query of 16 tokens, compiled, too, {name}"] = partial(query, dtype, compiled=True)
     return found | {"training step, 256 pairs, bfloat16 autocast": training}
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import itertools
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,3 +79,23 @@ def test_analyze_experts_is_the_command(tmp_path, monkeypatch):
     assert (model, given) == ("MODEL", ("a", "b"))
     assert options["output"] == "out"
     assert options["checkpoints"] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tiny_parent, tmp_path):
+    """A machine with a GPU is rare: what fails there for a reason that any machine shows costs its time."""
+    bench = [sys.executable, str(SCRIPTS / "gpu_bench.py"), str(tmp_path)]
+    options = ["--device", "cpu", "--rounds", "1", "--parent", str(tiny_parent)]
+    subprocess.run([*bench, *options], check=True)
+    result = json.loads((tmp_path / "gpu-bench.json").read_text())
+    timed = {name: row for name, row in result["measured"].items() if name != "what makes the host wait"}
+    assert len(timed) == 13
+    for name, row in timed.items():
+        assert set(row["seconds"]) >= {"parent", "mixture", "nomic design"}, f"{name}: {row}"
+    assert json.loads((tmp_path / "gpu-checks.json").read_text())["exactness float32"] <= 2e-6
+    del result["measured"]["training step, 256 pairs, bfloat16 autocast"]
+    (tmp_path / "gpu-bench.json").write_text(json.dumps(result))
+    subprocess.run([*bench, *options], check=True)
+    again = json.loads((tmp_path / "gpu-bench.json").read_text())["measured"]
+    assert set(again) == {*result["measured"], "training step, 256 pairs, bfloat16 autocast"}
+    assert all(again[name] == row for name, row in result["measured"].items()), "measured twice"
