@@ -358,6 +358,16 @@ class HagMoeRouter(nn.Module):
         if has_choice:
             self.expert_gate = HagMoeGate(config.hidden_size, config.num_experts, bias=False)
 
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but leave the balancing biases float32: half precision would lose the steps they move by."""
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, bias in exact.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != bias.dtype:
+                setattr(self, name, bias.to(moved.device))
+        return self
+
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None = None) -> Routing:
         """Route (B, L, D) hidden states; `token_mask` (B, L) bool is True at real tokens, None when all are."""
         config = self.config

@@ -274,8 +274,8 @@ def _upcycle_model(
     name = parent.name_or_path or type(parent).__name__
     refuse_non_finite(parent, name)
     config = _mixture_config(parent, family, sparse_layers, shared_expert_fraction, options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs as well, for good
         mixture = mixture_class(config)
     mixture = mixture.to(device=parent.device, dtype=parent.dtype)  # type: ignore[call-arg]
 

@@ -488,6 +488,10 @@ def test_tables_pair_runs_by_seed(tmp_path):
     assert row.endswith("**yes** |")
     assert kit_parts(done[results.run_name(HAG, 1e-4, 0)]) == {"sts.words": 52.0, "language en": 52.0}
     assert str(difference([1.0])) == "+1.00"
+    done[results.run_name(HAG, 1e-4, 0)]["kit"] = None
+    row = next(line for line in table(1, [DENSE, HAG], budget, done).splitlines() if line.startswith("| hag "))
+    assert "+2.15 ± 0.07 (2 of 3 seeds)" in row, "a run without kit scores must not hide the others'"
+    assert row.endswith("2 of 3 seeds: no verdict |")
 
 
 PROGRAM = """

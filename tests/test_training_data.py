@@ -3,9 +3,10 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import SHAPES, tiny_config
 from datasets import Dataset
 
-from hagmoe_hf.training.data import load_rows, refuse_too_small
+from hagmoe_hf.training.data import load_rows, refuse_too_small, text_length
 
 GOOD = [
     {"domain": "a", "anchor": "one", "positive": "eins", "label": 1, "split": "train"},
@@ -145,3 +146,15 @@ def test_too_few_rows_are_refused_with_their_number():
     with pytest.raises(ValueError, match=r"Domain 'b' has 1 row.*at least per_device_train_batch_size=8 rows"):
         refuse_too_small(data, batch_size=8, drop_last=True, needs_two=False)
     refuse_too_small(data, batch_size=8, drop_last=False, needs_two=False)
+
+
+@pytest.mark.parametrize(("shape", "longest"), [("bert", 64), ("roberta", 62), ("modernbert", 64)])
+def test_no_text_is_longer_than_the_model_has_positions_for(shape, longest):
+    """RoBERTa's first positions belong to padding: 514 of them are 512 tokens."""
+    config = tiny_config(**SHAPES[shape])
+    assert config.max_position_embeddings == 64
+    assert text_length(None, config) == longest
+    assert text_length(7, config) == 7
+    for wanted in (2, longest + 1):
+        with pytest.raises(ValueError, match=f"max_length={wanted} is not possible; allowed: 3 to {longest}"):
+            text_length(wanted, config)

@@ -1,5 +1,7 @@
 """What RouterCallback logs, and what it refuses: `training/monitor.py` and `router_callback.py`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from balance_helpers import arguments, blocks_of, pairs
@@ -8,7 +10,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
 )
 from sentence_transformers.sentence_transformer import losses as st_losses
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from hagmoe_hf.training.monitor import dead_experts, load_entropy, max_violation
 from hagmoe_hf.training.router_callback import RouterCallback
@@ -70,6 +72,13 @@ def test_the_callback_leaves_no_trace(tiny, tmp_path):
     assert all(block.routing_observer is None for block in blocks_of(tiny))
     assert not loss._forward_hooks
     assert not loss._forward_pre_hooks
+
+
+def test_several_gpus_in_one_process_are_refused(tiny):
+    """DataParallel's copies would count on GPUs of their own, and the sums break in the middle of the first step."""
+    two = SimpleNamespace(n_gpu=2)
+    with pytest.raises(ValueError, match=r"n_gpu=2 GPUs in one process.*allowed: one process for each GPU"):
+        RouterCallback().on_train_begin(two, TrainerState(), None, model=tiny)
 
 
 def test_known_loads_give_known_numbers():

@@ -138,12 +138,20 @@ def test_the_seed_decides_the_routers_and_nothing_else_is_disturbed():
     assert changed == {key for key in first if ".router." in key and not key.endswith("_bias")}
 
 
+def test_a_gpus_random_numbers_are_left_alone(monkeypatch):
+    """Unlike a CPU's, they are not put back by fork_rng unless it is told of each GPU."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded every GPU"))
+    upcycle(tiny_parent())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_and_mode_follow_the_parent(dtype):
     parent = tiny_parent().to(dtype).train()
     mixture = upcycle(parent)
     assert mixture.training
     assert {p.dtype for p in mixture.parameters()} == {dtype}
+    biases = [buffer for name, buffer in mixture.named_buffers() if name.endswith(("group_bias", "expert_bias"))]
+    assert {bias.dtype for bias in biases} == {torch.float32}, "training moves them by steps that half precision loses"
     assert not upcycle(parent.eval()).training
 
 

@@ -29,7 +29,7 @@ from ..modeling_hagmoe import HagMoeForMaskedLM, HagMoePreTrainedModel
 from ..upcycling import upcycle
 from .arguments import PRESET_FOLDER, TrainOptions
 from .curriculum import CurriculumCallback
-from .data import load_rows
+from .data import load_rows, text_length
 from .output import save_whole, say, write_report
 from .parameters import freeze
 
@@ -79,7 +79,7 @@ def train_masked_lm(
     model = _load_model(options, arguments, tokenizer)
     if options.freeze:
         say(arguments, f"Frozen: {len(freeze(model, options.freeze))} parameters")
-    length = options.max_length or model.config.max_position_embeddings
+    length = text_length(options.max_length, model.config)
 
     def tokenized(texts: Dataset) -> Dataset:
         return texts.map(

@@ -110,9 +110,14 @@ class RouterCallback(TrainerCallback, ExportableState):
         """Find the sparse blocks and the losses, and put the taps on them.
 
         Raises:
-            ValueError: The model has no sparse layer.
+            ValueError: The model has no sparse layer, or is about to be copied onto several GPUs of one process.
         """
         model = kwargs["model"]
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu={args.n_gpu} GPUs in one process: routing is not summed up over DataParallel's copies; allowed: "
+                "one process for each GPU (accelerate launch, torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         self._layers = [
             (int(name.split("layers.")[-1].split(".")[0]), module)
             for name, module in model.named_modules()
@@ -164,9 +169,11 @@ class RouterCallback(TrainerCallback, ExportableState):
         self._undo.clear()
         self.saved = {}
         self._recorder = self._window = self._last = None
+        self._agreement = _PairAgreement()
 
     def _observe(self, row: int, output: Tensor, routing: Routing, packing: Packing | None) -> Tensor:
-        self._agreement.see(row, output, routing, packing, self._layers[row][1].router.config)
+        if self._trainer is not None:  # nobody else asks for it
+            self._agreement.see(row, output, routing, packing, self._layers[row][1].router.config)
         return output if self._recorder is None else self._recorder.watch(output, routing, row)
 
     def _watch_loss(self, module: nn.Module, inputs: tuple, loss: Any) -> Any:

@@ -19,7 +19,7 @@ from ..modeling_hagmoe import HagMoePreTrainedModel
 from ..upcycling import upcycle
 from .arguments import TrainOptions, parse
 from .curriculum import CurriculumCallback, read_curriculum
-from .data import DataReport, load_rows, refuse_too_small
+from .data import DataReport, load_rows, refuse_too_small, text_length
 from .lora import add_lora, merge_lora
 from .losses import LOSSES, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
@@ -155,6 +155,7 @@ def _train_embeddings(
             data and with_teacher_vectors(data, teacher, options.loss, width, arguments.train_batch_size)
             for data in (train_data, eval_data)
         )
+        del teacher  # its vectors are all that is needed of it
 
     trainer = HagMoeTrainer(
         model=model,
@@ -218,10 +219,7 @@ def _load_model(
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
     if options.max_length is not None:
-        longest = sentence.encoder_of(model).config.max_position_embeddings
-        if not 3 <= options.max_length <= longest:
-            raise ValueError(f"max_length={options.max_length} is not possible; allowed: 3 to {longest}.")
-        model.max_seq_length = options.max_length
+        model.max_seq_length = text_length(options.max_length, sentence.encoder_of(model).config)
     if options.lora_rank:
         add_lora(sentence.encoder_of(model), options.lora_rank, options.lora_alpha, options.lora_targets)
     if options.freeze:

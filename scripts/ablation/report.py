@@ -121,11 +121,10 @@ def runs_of(arm: Arm, budget: Budget, done: dict[str, dict]) -> dict[int, dict]:
 
 
 def gains(runs: dict[int, dict], baseline: dict[int, dict], read) -> Difference | None:
-    """Paired difference of what `read` finds in a result; None where it finds nothing in some run of a common seed."""
+    """Paired difference of what `read` finds in a result, over the seeds where it finds something in both; None for none."""
     values = [(read(runs[seed]), read(baseline[seed])) for seed in runs if seed in baseline]
-    if not values or any(one is None or other is None for one, other in values):
-        return None
-    return difference([one - other for one, other in values])
+    differences = [one - other for one, other in values if one is not None and other is not None]
+    return difference(differences) if differences else None
 
 
 def kit_macro(result: dict, names: tuple[str, ...] | None = None) -> float | None:
@@ -186,7 +185,8 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
     kit, unseen = gains(runs, baseline, kit_macro), gains(runs, baseline, lambda run: kit_macro(run, UNSEEN))
     parts = {}
     if kit is not None and not is_baseline:
-        parts = {name: gains(runs, baseline, lambda run, n=name: kit_parts(run)[n]) for name in kit_parts(some)}
+        names = dict.fromkeys(name for run in runs.values() for name in kit_parts(run))
+        parts = {name: gains(runs, baseline, lambda run, n=name: kit_parts(run).get(n)) for name in names}
     scored = [value for value in map(kit_macro, runs.values()) if value is not None]
     cross = None if is_baseline or dev is None else crossover(curve_gains(runs, baseline))
     routing = some["curve"][-1]["routing"].values()
@@ -201,13 +201,20 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         f"{cross:,}" if cross else "",
         "" if is_baseline or loss is None else f"{loss:.4f}",
         f"{np.mean(scored):.2f}" if scored else "",
-        "" if is_baseline else str(kit or ""),
-        "" if is_baseline else str(unseen or ""),
+        "" if is_baseline else _of_seeds(kit, len(runs)),
+        "" if is_baseline else _of_seeds(unseen, len(runs)),
         " ".join(f"{layer['max_vio_groups']:.2f}" for layer in routing),
         f"{np.mean([run['seconds'] for run in runs.values()]) / budget.steps:.3f}",
         "" if is_baseline else verdict(kit, parts, len(budget.seeds)),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _of_seeds(gain: Difference | None, seeds: int) -> str:
+    """A difference, with its number of seeds where others were not scored; "" for none."""
+    if gain is None:
+        return ""
+    return str(gain) if gain.seeds == seeds else f"{gain} ({gain.seeds} of {seeds} seeds)"
 
 
 def domain_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> dict[str, Difference]:
