@@ -138,12 +138,18 @@ def gpu_speed() -> str:
         return f"Not measured on a GPU yet: {command} does it in one call."
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| on a GPU | contestant | times as fast as the parent |", "|---|---|---|"]
+    waits = result["measured"].get("what makes the host wait", {})
+    waits = {} if "did not run" in waits else waits
     for workload, measured in result["measured"].items():
+        if "did not run" in measured:
+            rows.append(f"| {workload} | all | did not run: {measured['did not run']} |")
         for name, ratio in measured.get("speed", {}).items():
             cell = f"{ratio['median']:.2f} [{ratio['lower quartile']:.2f}, {ratio['upper quartile']:.2f}]"
             rows.append(f"| {workload} | {name} | {cell} |")
     stale = "" if result["code"] == model_code_hash() else f" **Stale**: the model's code has changed since; run {command}."
-    rows.append(f"\n{result['machine']}; {result['date']}.{stale}")
+    counts = ", ".join(f"{name} {sum(places.values())}" for name, places in waits.items())
+    rows.append(f"\nWaits of the host in one forward pass: {counts or 'not counted'}.")
+    rows.append(f"{result['machine']}; {result['date']}.{stale}")
     return "\n".join(rows)
 
 

@@ -89,13 +89,19 @@ def test_the_gpu_bench_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tin
     subprocess.run([*bench, *options], check=True)
     result = json.loads((tmp_path / "gpu-bench.json").read_text())
     timed = {name: row for name, row in result["measured"].items() if name != "what makes the host wait"}
-    assert len(timed) == 13
+    assert len(timed) == 12
     for name, row in timed.items():
         assert set(row["seconds"]) >= {"parent", "mixture", "nomic design"}, f"{name}: {row}"
     assert json.loads((tmp_path / "gpu-checks.json").read_text())["exactness float32"] <= 2e-6
-    del result["measured"]["training step, 256 pairs, bfloat16 autocast"]
+    lost, failed = "training step, 256 pairs, bfloat16 autocast", "one query of 16 tokens, float32"
+    del result["measured"][lost]
+    result["measured"][failed] = {"did not run": "out of memory"}
     (tmp_path / "gpu-bench.json").write_text(json.dumps(result))
     subprocess.run([*bench, *options], check=True)
     again = json.loads((tmp_path / "gpu-bench.json").read_text())["measured"]
-    assert set(again) == {*result["measured"], "training step, 256 pairs, bfloat16 autocast"}
-    assert all(again[name] == row for name, row in result["measured"].items()), "measured twice"
+    assert all("seconds" in again[name] for name in (lost, failed))
+    assert all(again[name] == row for name, row in result["measured"].items() if name != failed), "measured twice"
+    tables = script("fill_readme_tables")
+    tables.RESULTS = tmp_path
+    assert "| one query of 16 tokens, compiled, bfloat16 | mixture, compiled |" in tables.gpu_speed()
+    assert "| sdpa | float32 | 0.0e+00 |" in tables.gpu()
