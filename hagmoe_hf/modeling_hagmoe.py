@@ -8,6 +8,7 @@ Axes:  B sequences   L tokens   D hidden_size   G groups   E experts   K experts
        S sequences of a packed batch, which lie one after the other in the rows of (B, L)
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import cached_file
 from transformers.utils.generic import (
     can_return_tuple,
     is_flash_attention_requested,
@@ -44,6 +47,7 @@ from .configuration_hagmoe import HagMoeConfig
 from .kernels_hagmoe import activate, is_traced, linear, run_experts
 from .routing_hagmoe import Packing, RealTokens, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
 
+BALANCING_BIASES = "balancing_biases.safetensors"  # beside adapters
 MOST_REAL = 0.9  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
 
 
@@ -322,10 +326,12 @@ class HagMoeMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if self.is_gated:
-            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-            return self.down_proj(activate(self.act_fn, gate) * up)
-        return self.down_proj(activate(self.act_fn, self.up_proj(hidden_states)))
+        projection = self.gate_up_proj if self.is_gated else self.up_proj
+        states = projection(hidden_states)
+        gate, up = states.chunk(2, dim=-1) if self.is_gated else (states, None)
+        # A hook may have kept the states, and wants them as they were
+        inner = self.act_fn(gate) if projection._forward_hooks else activate(self.act_fn, gate)
+        return self.down_proj(inner if up is None else inner * up)
 
 
 class HagMoeGate(nn.Linear):
@@ -471,6 +477,10 @@ class HagMoeSparseMLP(nn.Module):
         elif config.mlp_bias:
             self.output_bias = nn.Parameter(torch.empty(config.hidden_size))
 
+    def __getstate__(self) -> dict:
+        """Copies and pickles leave the observer behind: it knows the trainer, which cannot be pickled."""
+        return {**self.__dict__, "routing_observer": None}
+
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); `token_mask` (B, L) bool is True at real tokens, None when all are."""
         routing = self.router(hidden_states, token_mask, packing)
@@ -558,6 +568,26 @@ class HagMoePreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where nothing is requested, plain products over sorted tokens on CPU, and `grouped_mm` elsewhere."""
         return super().get_correct_experts_implementation(requested_experts or "segmented_mm")
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as always; beside adapters, which hold no buffers, also the balancing biases that training moved."""
+        if self._hf_peft_config_loaded and kwargs.get("is_main_process", True):
+            biases = {name: bias for name, bias in self.named_buffers() if name.endswith(("group_bias", "expert_bias"))}
+            os.makedirs(save_directory, exist_ok=True)
+            save_file(biases, os.path.join(save_directory, BALANCING_BIASES))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """Load adapters as always, and the balancing biases that they were trained with."""
+        loaded = super().load_adapter(peft_model_id, *args, **kwargs)
+        known = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+        where = {name: value for name, value in (kwargs.get("adapter_kwargs") or {}).items() if name in known}
+        path = peft_model_id and cached_file(
+            peft_model_id, BALANCING_BIASES, _raise_exceptions_for_missing_entries=False, **where
+        )
+        if path:
+            self.load_state_dict(load_file(path), strict=False)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -729,11 +759,13 @@ class HagMoeModel(HagMoePreTrainedModel):
         else:
             positions = _positions_from_first_real_token(token_mask, texts)
         self._check_positions(positions)
+        if self.config.position_offset and position_ids is None and packing is None and input_ids is not None:
+            positions = _without_padding_ids(positions, token_mask, input_ids, self.config.position_offset - 1)
         token_types = _zeros(texts) if token_type_ids is None else token_type_ids
         real_tokens = self._real_tokens(token_mask, kwargs)
         if real_tokens is not None:
             positions = real_tokens.unpad(positions.expand(real_tokens.shape))
-            token_types, packing = real_tokens.unpad(token_types), real_tokens.packing()
+            token_types, packing = real_tokens.unpad(token_types.expand(real_tokens.shape)), real_tokens.packing()
         tokens = texts if real_tokens is None else real_tokens.unpad(texts)
         word_states = self.embeddings.word_embeddings(tokens) if inputs_embeds is None else tokens
         hidden_states = self.embeddings(word_states, token_types, positions)
@@ -937,6 +969,12 @@ def _positions_from_first_real_token(token_mask: Tensor | None, texts: Tensor) -
     if token_mask is None:
         return positions
     return (positions - token_mask.int().argmax(dim=-1, keepdim=True)).clamp(min=0)
+
+
+def _without_padding_ids(positions: Tensor, token_mask: Tensor | None, input_ids: Tensor, padding_id: int) -> Tensor:
+    """Positions (B, L) as RoBERTa counts them: a padding id within a text is not counted, and stands before the first."""
+    is_padding = input_ids == padding_id if token_mask is None else (input_ids == padding_id) & token_mask
+    return (positions - is_padding.int().cumsum(dim=-1)).masked_fill(is_padding, -1)
 
 
 class HagMoeMaskedLMHead(nn.Module):

@@ -251,7 +251,8 @@ def _log_partition(group_logits: Tensor | None, expert_logits: Tensor | None) ->
 def _close_groups(scores_BLE: Tensor, group_scores: Tensor, topk_group: int) -> Tensor:
     """(B, L, E) scores with minus infinity for every expert outside the open groups."""
     open_groups = _top_k_lowest_id_first(group_scores, topk_group)  # (B, 1 or L, topk_group)
-    is_open = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, open_groups, True)
+    # not scatter(..., True): torch.jit.trace has no overload for it
+    is_open = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, open_groups, open_groups >= 0)
     scores_BLGR = scores_BLE.unflatten(-1, (group_scores.shape[-1], -1))
     return scores_BLGR.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
 

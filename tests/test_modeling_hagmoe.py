@@ -7,9 +7,9 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, RobertaConfig, RobertaModel
 
-from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel
+from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeModel, upcycle
 from hagmoe_hf.modeling_hagmoe import HagMoeSparseMLP
 
 IMPLEMENTATIONS = ["segmented_mm", "eager", "grouped_mm", "batched_mm"]
@@ -442,3 +442,50 @@ def test_a_truncated_weights_file_is_refused_with_its_folder(tmp_path):
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"A weights file of {tmp_path} is damaged"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_one_row_of_token_types_does_for_all_texts():
+    """Stock encoders take it; here it must also survive that padding is left out."""
+    model = spread(HagMoeModel(tiny_config()))
+    ids, mask = torch.randint(3, 99, (2, 10)), torch.ones(2, 10, dtype=torch.long)
+    mask[1, 4:] = 0
+    with torch.inference_mode():
+        one = model(ids, attention_mask=mask, token_type_ids=torch.zeros(1, 10, dtype=torch.long)).last_hidden_state
+        assert torch.equal(one, model(ids, attention_mask=mask).last_hidden_state)
+
+
+def test_a_padding_id_within_a_text_stands_where_roberta_puts_it():
+    """Someone writes "<pad>" in a text: RoBERTa does not count it, and everything after it moves up."""
+    torch.manual_seed(0)
+    config = RobertaConfig(**{**TINY, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 40})
+    parent = spread(RobertaModel(config), scale=0.2)
+    ids, mask = torch.randint(3, 99, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    ids[0, 3] = ids[0, 7] = ids[1, 0] = 1
+    mask[1, 6:] = 0
+    ids[1, 6:] = 1
+    with torch.inference_mode():
+        for batch in ({"attention_mask": mask}, {"attention_mask": torch.ones_like(mask)}, {}):
+            expected, got = (model(ids, **batch).last_hidden_state for model in (parent, upcycle(parent)))
+            real = batch.get("attention_mask", torch.ones_like(mask)).bool()
+            assert (got - expected)[real].abs().max() <= 1e-5
+
+
+def test_a_hook_sees_what_a_module_computed():
+    """Whoever looks inside must not find the activation written over the states."""
+    model, seen = spread(HagMoeModel(tiny_config())), []
+    model.layers[1].mlp.shared_expert.up_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    ids = torch.randint(3, 99, (2, 10))
+    with torch.no_grad():
+        model(ids)
+    model(ids)
+    assert torch.allclose(seen[0], seen[1], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_gives_its_vectors():
+    """torch.jit.trace is old, and still how some servers take a model."""
+    model = spread(HagMoeModel(tiny_config(return_dict=False)))
+    ids, mask = torch.randint(3, 99, (2, 10)), torch.ones(2, 10, dtype=torch.long)
+    with torch.inference_mode():
+        traced = torch.jit.trace(model, (ids, mask), strict=False, check_trace=False)
+        assert (traced(ids, mask)[0] - model(ids, mask)[0]).abs().max() <= 1e-5

@@ -2,13 +2,24 @@
 
 import pytest
 import torch
-from balance_helpers import features, gradients, injected_and_explicit, pairs, recorder_on, run_two_ranks
+from balance_helpers import (
+    KeepGradients,
+    arguments,
+    features,
+    gradients,
+    injected_and_explicit,
+    pairs,
+    recorder_on,
+    run_two_ranks,
+)
 from conftest import NO_DROPOUT, TINY, spread
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer import losses as st_losses
 
 from hagmoe_hf import HagMoeConfig, HagMoeForMaskedLM, HagMoeForSequenceClassification
 from hagmoe_hf.routing_hagmoe import load_balancing_loss, router_z_loss
 from hagmoe_hf.training.balance import Coefficients
+from hagmoe_hf.training.router_callback import RouterCallback
 
 WAYS = {
     "plain": {},
@@ -36,6 +47,24 @@ def test_injected_auxiliary_gradients_equal_an_explicit_term(tiny_folder, tmp_pa
     plain, _ = injected[0], injected[1]
     routers = [name for name in plain if "expert_gate" in name]
     assert any((injected[1][name] - plain[name]).abs().max() > 1e-3 for name in routers)
+
+
+def test_a_loss_that_several_datasets_share_counts_once(tiny_folder, tmp_path):
+    """sentence-transformers takes one loss by dataset, often the same one: the terms must not grow with the datasets."""
+    steps = {}
+    for name in ("one", "shared"):
+        model = SentenceTransformer(str(tiny_folder), device="cpu")
+        loss, keep = st_losses.MultipleNegativesRankingLoss(model), KeepGradients(model)
+        SentenceTransformerTrainer(
+            model=model,
+            args=arguments(tmp_path, learning_rate=0.0, max_grad_norm=0.0),
+            train_dataset={"a": pairs(8), "b": pairs(8)},
+            loss={"a": loss, "b": loss} if name == "shared" else loss,
+            callbacks=[RouterCallback(bias_update_rate=0.0, aux_loss_coef=0.3, probe_size=0), keep],
+        ).train()
+        steps[name] = keep.steps
+    for one, shared in zip(steps["one"], steps["shared"], strict=True):
+        assert all(torch.equal(one[name], shared[name]) for name in one)
 
 
 def test_a_gradient_scaler_scales_the_injected_gradients_too(tiny):

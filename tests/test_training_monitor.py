@@ -1,5 +1,6 @@
 """What RouterCallback logs, and what it refuses: `training/monitor.py` and `router_callback.py`."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from sentence_transformers.sentence_transformer import losses as st_losses
 from transformers import TrainerCallback, TrainerState
 
 from hagmoe_hf.training.monitor import dead_experts, load_entropy, max_violation
+from hagmoe_hf.training.parameters import freeze
 from hagmoe_hf.training.router_callback import RouterCallback
 
 
@@ -72,6 +74,55 @@ def test_the_callback_leaves_no_trace(tiny, tmp_path):
     assert all(block.routing_observer is None for block in blocks_of(tiny))
     assert not loss._forward_hooks
     assert not loss._forward_pre_hooks
+
+
+def test_a_model_can_be_pickled_while_it_trains_and_after_an_interruption(tiny, tmp_path):
+    """A notebook's Ctrl-C, then a process pool: the observer holds on to a trainer that cannot be pickled."""
+    sizes = []
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            sizes.append(len(pickle.dumps(tiny)))
+            raise KeyboardInterrupt
+
+    loss, callback = st_losses.MultipleNegativesRankingLoss(tiny), RouterCallback()
+
+    def train(*more) -> None:
+        SentenceTransformerTrainer(
+            model=tiny, args=arguments(tmp_path), train_dataset=pairs(8), loss=loss, callbacks=[callback, *more]
+        ).train()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Interrupt())
+    assert pickle.loads(pickle.dumps(tiny)).encode(["a"]) == pytest.approx(tiny.encode(["a"]))
+    hooks = len(loss._forward_hooks)
+    seen = []
+    train(type("See", (TrainerCallback,), {"on_step_end": lambda self, *_, **__: seen.append(len(loss._forward_hooks))})())
+    assert set(seen) == {hooks}, "the same callback, twice on one loss, counts everything twice"
+    assert sizes
+
+
+def test_a_layer_that_is_not_counted_is_not_said_to_be_even(tiny, tmp_path):
+    """No gradient reaches a frozen beginning, so nothing is counted there: 0 tokens look like perfect balance."""
+    freeze(tiny[0].model, ["embeddings.*", "layers.0.*"])
+    trainer = SentenceTransformerTrainer(
+        model=tiny,
+        args=arguments(tmp_path),
+        train_dataset=pairs(8),
+        loss=st_losses.MultipleNegativesRankingLoss(tiny),
+        callbacks=[RouterCallback()],
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "router/aux_loss" in entry)
+    assert "router/layer2/load_entropy" in entry
+    assert "router/layer0/load_entropy" not in entry
+
+
+def test_a_mixture_of_remote_code_is_told_what_to_do(tiny):
+    """Its classes are another module's, and look to us like a dense model's."""
+    copy = type("HagMoeSparseMLP", (torch.nn.Linear,), {})(2, 2)
+    with pytest.raises(ValueError, match="after `import hagmoe_hf`, without trust_remote_code"):
+        RouterCallback().on_train_begin(None, TrainerState(), None, model=torch.nn.Sequential(copy))
 
 
 def test_several_gpus_in_one_process_are_refused(tiny):

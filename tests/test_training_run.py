@@ -263,10 +263,11 @@ def test_gates_start_from_the_rows_that_are_trained_on(tmp_path, tiny_parent, pa
     assert all(".router." in name for name in changed)
 
 
-def test_adapters_train_resume_and_end_in_a_plain_model(tmp_path, tiny_parent, pairs_file):
-    """Checkpoints hold adapters beside the base they belong to; the model needs no PEFT."""
+@pytest.mark.parametrize("balance", [{}, {"balance": True, "bias_update_rate": 2}], ids=["no balance", "balance"])
+def test_adapters_train_resume_and_end_in_a_plain_model(balance, tmp_path, tiny_parent, pairs_file):
+    """Checkpoints hold adapters beside the base they belong to, with the biases that moved; the model needs no PEFT."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    options = {"lora_rank": 2, "learning_rate": 1e-2}
+    options = {"lora_rank": 2, "learning_rate": 1e-2, **balance}
     train(words(whole, tiny_parent, pairs_file, **options))
     assert (whole / "checkpoint-2/adapter_model.safetensors").stat().st_size < 50_000
     vectors = [
@@ -279,6 +280,19 @@ def test_adapters_train_resume_and_end_in_a_plain_model(tmp_path, tiny_parent, p
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("model", "checkpoint-4"))
     train([*words(resumed, tiny_parent, pairs_file, **options), "--resume"])
     assert largest_difference(whole, resumed) <= 1e-6
+
+
+def test_the_best_checkpoint_is_known_by_the_mean_over_domains(tmp_path, tiny_parent, pairs_file):
+    """Each domain has a loss of its own; the trainer, by default, looks for one called eval_loss."""
+    options = {"eval_data": pairs_file, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    train(words(tmp_path, tiny_parent, pairs_file, domain_column="domain", **options))
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    means = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    parts = [[v for k, v in e.items() if k.endswith("_loss") and k != "eval_loss"] for e in state["log_history"]]
+    parts = [losses[0] for losses in parts if losses]
+    assert len(parts) > len(means) == 2
+    assert means[0] == pytest.approx(sum(parts[: len(parts) // 2]) / (len(parts) // 2))
+    assert state["best_metric"] == min(means)
 
 
 def test_a_model_from_nothing_learns_masked_words_and_resumes(tmp_path, pairs_file, monkeypatch):

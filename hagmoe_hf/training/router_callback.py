@@ -124,7 +124,14 @@ class RouterCallback(TrainerCallback, ExportableState):
             if isinstance(module, HagMoeSparseMLP)
         ]
         if not self._layers:
-            raise ValueError(f"{type(model).__name__} has no sparse layer; allowed: a HAG-MoE, see hagmoe_hf.upcycle.")
+            is_copy = any(type(module).__name__ == HagMoeSparseMLP.__name__ for module in model.modules())
+            allowed = (
+                "one that was loaded after `import hagmoe_hf`, without trust_remote_code: this is its own remote code's"
+                if is_copy
+                else "a HAG-MoE, see hagmoe_hf.upcycle"
+            )
+            raise ValueError(f"{type(model).__name__} has no sparse layer; allowed: {allowed}.")
+        self._take_off()
         config = self._layers[0][1].router.config
         device = _device(self._layers[0][1])
         rows = len(self._layers)
@@ -137,7 +144,8 @@ class RouterCallback(TrainerCallback, ExportableState):
             block.routing_observer = partial(self._observe, row)
             self._undo.append(partial(setattr, block, "routing_observer", None))
         losses = kwargs.get("loss", getattr(self._trainer, "loss", None))
-        for loss in losses.values() if isinstance(losses, dict) else [losses]:
+        # Several datasets may share one loss, which is to be watched once
+        for loss in dict.fromkeys(losses.values()) if isinstance(losses, dict) else [losses]:
             if isinstance(loss, nn.Module):
                 self._undo.append(loss.register_forward_pre_hook(self._agreement.start).remove)
                 self._undo.append(loss.register_forward_hook(self._watch_loss).remove)
@@ -164,12 +172,15 @@ class RouterCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Take the taps off: the model is as it would be without this callback, but for its balancing biases."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
+        self._take_off()
         self.saved = {}
         self._recorder = self._window = self._last = None
         self._agreement = _PairAgreement()
+
+    def _take_off(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
 
     def _observe(self, row: int, output: Tensor, routing: Routing, packing: Packing | None) -> Tensor:
         if self._trainer is not None:  # nobody else asks for it
@@ -202,6 +213,9 @@ class RouterCallback(TrainerCallback, ExportableState):
         assert self._window is not None
         assert self._last is not None
         window, metrics = self._window, {}
+        is_counted = window.counts.sum(-1) > 0  # a layer that no gradient reaches is not: it is frozen, and all before it
+        if not is_counted.any():
+            return metrics
         columns = {
             "load_entropy": load_entropy(window.counts),
             "max_vio": max_violation(window.counts),
@@ -210,14 +224,15 @@ class RouterCallback(TrainerCallback, ExportableState):
             "confidence": window.confidence_sums / window.counts.sum(-1).clamp(min=1),
         }
         for name, values in columns.items():
-            for (layer, _), value in zip(self._layers, values.tolist(), strict=True):
-                metrics[f"router/layer{layer}/{name}"] = float(value)
+            for (layer, _), value, counted in zip(self._layers, values.tolist(), is_counted.tolist(), strict=True):
+                if counted:
+                    metrics[f"router/layer{layer}/{name}"] = float(value)
         for row, share in self._agreement.pop().items():
             metrics[f"router/layer{self._layers[row][0]}/pair_agreement"] = share
         tokens = window.tokens.clamp(min=1)
         mean_probs = window.prob_sums / tokens.unsqueeze(-1)
-        metrics["router/aux_loss"] = float((window.load * mean_probs).sum(-1).mean() * mean_probs.shape[-1])
-        metrics["router/z_loss"] = float((window.z_sums / tokens).mean())
+        metrics["router/aux_loss"] = float((window.load * mean_probs).sum(-1)[is_counted].mean() * mean_probs.shape[-1])
+        metrics["router/z_loss"] = float((window.z_sums / tokens)[is_counted].mean())
         return metrics
 
     def _start_probe(self, model: nn.Module) -> None:

@@ -121,6 +121,16 @@ class HagMoeTrainer(SentenceTransformerTrainer):
             mix_at=self.mix_at,
         )
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As always, domain by domain, and their mean as `eval_loss`, by which the best checkpoint is known."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        losses = [value for name, value in metrics.items() if name.endswith("_loss")]
+        if losses and f"{metric_key_prefix}_loss" not in metrics:
+            mean = {f"{metric_key_prefix}_loss": sum(losses) / len(losses)}
+            self.log(mean)
+            metrics |= mean
+        return metrics
+
     def _save(self, output_dir=None, state_dict=None):
         # transformers calls this on every process, sentence-transformers writes without asking which one it is on
         if self.args.should_save:
