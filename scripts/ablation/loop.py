@@ -1,8 +1,8 @@
 """One run: an arm, a learning rate, a seed. Stops at a deadline, is killed, goes on, and ends where it would have ended.
 
 A plain loop instead of the stock trainer: it reads token ids that lie on the device, so a small model keeps a GPU busy,
-and nothing in it waits for the GPU but the points of the curve. Model, balancing and upcycling are the package's own; the
-loss is tested equal to MultipleNegativesRankingLoss.
+and waits for the GPU at the points of the curve and where transformers asks whether a mask masks anything. Model, balancing
+and upcycling are the package's own; the loss is tested equal to MultipleNegativesRankingLoss.
 """
 
 import os
@@ -58,7 +58,7 @@ class Contrastive(nn.Module):
         return loss
 
     def similarities(self, model: SentenceTransformer, features: list[dict[str, Tensor]]) -> Tensor:
-        """(B, B) scaled cosines, float32."""
+        """(B, B) scaled cosines, under autocast in its dtype, as in MultipleNegativesRankingLoss."""
         anchors, positives = (F.normalize(model(dict(part))["sentence_embedding"].float(), dim=-1) for part in features)
         return SCALE * anchors @ positives.T
 

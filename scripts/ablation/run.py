@@ -67,12 +67,13 @@ def run_table(
     pairs = load_pairs(inputs, "train", budget.max_length, device)
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
     texts = calibration_texts(inputs, budget.calibration_texts)
+    sets = scoring.kit_sets(inputs / "kit") if kit else []
     scorers = []
     for name, result in read_results(folder).items() if kit else ():
         vectors = work / budget.name / name / "kit.npz"
         if result["arm"]["name"] in {arm.name for arm in arms} and not result["kit"]:
             if not vectors.is_file() and (vectors.parent / KEPT_WEIGHTS).is_file():
-                scoring.record(kept_model(result, work, inputs), scoring.kit_sets(inputs / "kit"), vectors)
+                scoring.record(kept_model(result, work, inputs).to(device), sets, vectors)
             if vectors.is_file():
                 scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
     while time.monotonic() < deadline and (todo := due(arms, budget, read_results(folder))):
@@ -86,14 +87,15 @@ def run_table(
         if finished is None:
             break
         run, model = finished
-        write_result(folder / f"{name}.json", setting, run, model, pairs, command)
         if keep:
             keep_weights(own, model)
+        if kit:
+            scoring.record(model, sets, own / "kit.npz")
+        write_result(folder / f"{name}.json", setting, run, model, pairs, command)  # last: with it, the run counts as done
         (own / "checkpoint.pt").unlink(missing_ok=True)
         if kit:
-            vectors = own / "kit.npz"
-            scoring.record(model, scoring.kit_sets(inputs / "kit"), vectors)
-            scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
+            scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", own / "kit.npz"))
+        del finished, run, model  # or the next one's peak memory would hold it
     failed = sum(process.wait() != 0 for process in scorers)
     if failed:
         print(f"{failed} runs could not be scored; their vectors are kept, and the next call tries again", flush=True)
@@ -159,7 +161,7 @@ def add_kit_scores(result: Path, kit: Path, vectors: Path) -> None:
     entry = json.loads(result.read_text(encoding="utf-8"))
     entry["kit"] = scoring.score_recorded(kit, vectors, result.stem)
     write_text(result, json.dumps(entry, indent=1) + "\n")
-    vectors.unlink()
+    vectors.unlink(missing_ok=True)
 
 
 def write_result(path: Path, setting: Setting, run: Run, model: SentenceTransformer, pairs: Pairs, command: str) -> None:

@@ -4,6 +4,7 @@ Both in float32, as a user would run the model. The kit is scored by the package
 vectors recorded here, so that a GPU goes on training while CPUs fit classifiers and clusters.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,7 +163,7 @@ def set_texts(kit_set: KitSet) -> list[str]:
 
 def record(model: SentenceTransformer, sets: list[KitSet], path: Path) -> None:
     """Write the vectors of every text of every set; a text in two sets is encoded twice, since domains may route it."""
-    if not isinstance(sentence.encoder_of(model), HagMoeModel):
+    if model.device.type == "cpu" and not isinstance(sentence.encoder_of(model), HagMoeModel):
         model = upcycle(model)  # the same vectors, and on a CPU much sooner: a mixture computes no padding
     model.eval()
     arrays = {}
@@ -172,7 +173,9 @@ def record(model: SentenceTransformer, sets: list[KitSet], path: Path) -> None:
         vectors = model.encode(set_texts(kit_set), batch_size=256, convert_to_numpy=True, show_progress_bar=False)
         arrays[_task_name(kit_set)] = vectors.astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **arrays)
+    os.replace(partial, path)
 
 
 def score_recorded(kit: Path, vectors: Path, label: str) -> dict[str, dict]:
