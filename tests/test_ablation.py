@@ -413,6 +413,20 @@ def test_kept_runs_are_scored_later(prepared, pairs, dev, tmp_path, monkeypatch)
     assert set(json.loads(file.read_text())["kit"]) == {"sts.wordsim353", "retrieval.arxiv_tags"}
 
 
+def test_a_run_whose_vectors_could_not_be_written_is_not_done(prepared, tmp_path, monkeypatch):
+    """Its checkpoint goes when its result comes: a result without vectors would never be scored."""
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(scoring, "record", fail)
+    budget = dataclasses.replace(TINY_BUDGET, seeds=(0,))
+    with pytest.raises(OSError, match="No space left"):
+        paths = (prepared, tmp_path / "results", tmp_path / "work")
+        run.run_table((fitted(DENSE),), budget, *paths, minutes=9, device="cpu", command="x", kit=True)
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
 def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4) -> dict:
     """A result file as a run writes it, whose held-out MRR is .5 plus `gain`, and half of that in the middle."""
     curve = [
