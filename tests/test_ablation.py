@@ -421,8 +421,8 @@ def test_a_run_whose_vectors_could_not_be_written_is_not_done(prepared, tmp_path
 
     monkeypatch.setattr(scoring, "record", fail)
     budget = dataclasses.replace(TINY_BUDGET, seeds=(0,))
+    paths = (prepared, tmp_path / "results", tmp_path / "work")
     with pytest.raises(OSError, match="No space left"):
-        paths = (prepared, tmp_path / "results", tmp_path / "work")
         run.run_table((fitted(DENSE),), budget, *paths, minutes=9, device="cpu", command="x", kit=True)
     assert not list((tmp_path / "results").rglob("*.json"))
 
