@@ -33,6 +33,16 @@ model = AutoModel.from_pretrained("path/or/hub-id/of/this/model")
 REGISTERED = "import hagmoe_hf  # registers the architecture, once per process\n"
 STOCK_INSTALL = "pip install -U sentence-transformers"
 STOCK_IMPORT = "from sentence_transformers import SentenceTransformer\n"
+SOURCES = {  # option -> the file that it takes, the command that writes it, and what a card needs of it
+    "data": ("data_report.json", "hagmoe train", ("read", "kept", "skipped", "domains", "stated")),
+    "evaluation": ("report.json", "hagmoe evaluate", ("command", "date", "versions", "models")),
+    "benchmark": (
+        "benchmark.json",
+        "hagmoe benchmark",
+        ("command", "date", "versions", "processor", "threads", "workloads"),
+    ),
+}
+MODEL_KEYS = ("label", "macro", "worst_domain", "tasks", "domains", "languages")  # of each model of an evaluation
 PLACEHOLDERS = ("path/or/hub-id/of/this/model", "sentence_transformers_model_id")
 
 
@@ -137,9 +147,15 @@ def measured_card(
 
     Returns:
         Markdown with a YAML head, in which the Hub finds the scores (`model-index`).
+
+    Raises:
+        ValueError: `data`, `evaluation` or `benchmark` is not what its command writes.
     """
     from jinja2 import Environment, StrictUndefined
 
+    for option, content in (("data", data), ("evaluation", evaluation), ("benchmark", benchmark)):
+        if content is not None:
+            _refuse_other_files(option, content)
     head = ModelCardData(
         language=sorted(evaluation["models"][0]["languages"]) if evaluation else None,
         license=license,
@@ -167,6 +183,15 @@ def measured_card(
         benchmark=benchmark,
         speeds=_speeds(benchmark) if benchmark else {},
     )
+
+
+def _refuse_other_files(option: str, content: Mapping[str, Any]) -> None:
+    file, command, keys = SOURCES[option]
+    missing = [key for key in keys if key not in content]
+    if option == "evaluation" and not missing:
+        missing = [f"models/{key}" for model in content["models"] or [{}] for key in MODEL_KEYS if key not in model]
+    if missing:
+        raise ValueError(f"{option} without {missing[0]!r} is not possible; allowed: the {file} that `{command}` writes.")
 
 
 def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:

@@ -66,6 +66,8 @@ def test_a_plain_transformers_folder_keeps_its_tokenizer(tmp_path, monkeypatch):
         (["upcycle", "PARENT", "OUT", "--n-group", "3"], "n_group=3 is not possible"),
         (["upcycle", "PARENT", "OUT", "--sparse-layers", "9"], "names layer 9; allowed: 0 to 5"),
         (["upcycle", "PARENT", "FULL"], "exists; allowed: a new name, or an empty folder"),
+        (["upcycle", "/no/[/x]", "OUT"], "parent='/no/[/x]' is no folder"),
+        (["upcycle", "/no/[train]/:smile:", "OUT"], "parent='/no/[train]/:smile:' is no folder"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
@@ -87,6 +89,83 @@ def test_a_layer_list_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
     code = hagmoe("upcycle", parent_folder(), tmp_path / "out", "--sparse-layers", "one", monkeypatch=monkeypatch)
     assert code != 0
     assert "allowed: layer numbers like 1,3,5" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("arguments", [["upcycle", "PARENT", "OUT"], ["analyze", "PARENT", "a.jsonl", "--out", "OUT"]])
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
+def test_a_seed_that_some_library_cannot_take_is_refused_first(arguments, seed, tmp_path, monkeypatch, capsys):
+    """The map of `analyze` is drawn last; its generator would refuse the seed after an hour's work."""
+    names = {"PARENT": parent_folder(), "OUT": tmp_path / "out"}
+    assert hagmoe(*(names.get(word, word) for word in arguments), "--seed", seed, monkeypatch=monkeypatch) == 2
+    assert "'--seed'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--tasks", "--out", "OUT"], ["--out", "OUT", "--against"]])
+def test_an_empty_list_is_not_taken_for_everything(arguments, tmp_path, monkeypatch, capsys):
+    """`--tasks $TASKS` with a variable that is not set would run the whole kit."""
+    out = tmp_path / "out"
+    words = [out if word == "OUT" else word for word in arguments]
+    assert hagmoe("evaluate", parent_folder(), *words, monkeypatch=monkeypatch) == 2
+    assert "no value is not possible; allowed: one or more." in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"txt": "a"}\n', "a.jsonl has no column 'text'; allowed: its columns ['txt']"),
+        ("a.jsonl", "not json\n", "a.jsonl has no column 'text'"),
+        ("a.txt", "a text\n", "a.txt has an unknown ending; allowed: "),
+        ("a.jsonl", None, "a.jsonl is not there; allowed: an existing file"),
+        ("a.jsonl", 'not json\n{"text": "a"}\n{"text": null}\n', "1 texts given; allowed: 256 or more"),
+    ],
+)
+def test_texts_that_cannot_be_timed_name_their_file(name, content, message, tmp_path, monkeypatch, capsys):
+    """A `KeyError: 'text'` does not say which of the files on the command line is meant."""
+    path, out = tmp_path / name, tmp_path / "out"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert hagmoe("benchmark", parent_folder(), "--texts", path, "--out", out, monkeypatch=monkeypatch) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not out.exists()
+    if message.startswith("1 texts"):
+        assert f"{path}: skipped 1: not a JSON object\n{path}: skipped 1: no text\n" in printed.out
+
+
+def test_a_metric_that_nobody_measures_ends_in_one_line(tmp_path, tiny_parent, pairs_file, monkeypatch, capsys):
+    """The trainer names the metrics that there are, in a KeyError; a traceback would bury them."""
+    options = {
+        "--model": tiny_parent,
+        "--train_data": pairs_file,
+        "--eval_data": pairs_file,
+        "--output_dir": tmp_path / "out",
+        "--max_steps": 1,
+        "--eval_strategy": "steps",
+        "--eval_steps": 1,
+        "--save_steps": 1,
+        "--load_best_model_at_end": "true",
+        "--metric_for_best_model": "nope",
+        "--use_cpu": "true",
+    }
+    assert hagmoe("train", *(word for pair in options.items() for word in pair), monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert "error: The `metric_for_best_model` training argument is set to 'eval_nope'" in error
+    assert "'eval_loss'" in error
+    assert "Traceback" not in error
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    """One line with a missing key would tell neither the user nor us what broke."""
+
+    def broken(arguments):
+        raise KeyError("experts")
+
+    monkeypatch.setattr("hagmoe_hf.training.run.main", broken)
+    monkeypatch.setattr(sys, "argv", ["hagmoe", "train"])
+    with pytest.raises(KeyError, match="experts"):
+        main()
 
 
 def test_two_processes_cannot_both_write_the_same_folder(tmp_path):

@@ -151,6 +151,34 @@ def test_a_measured_card_can_be_published():
 
 
 @pytest.mark.parametrize(
+    ("option", "content", "missing", "wanted"),
+    [
+        ("evaluation", {"command": "hagmoe analyze"}, "date", "report.json that `hagmoe evaluate`"),
+        ("evaluation", {**evaluation({}), "models": []}, "models/label", "report.json that `hagmoe evaluate`"),
+        ("evaluation", {**evaluation({}), "models": [{"label": "a"}]}, "models/macro", "report.json that `hagmoe evaluate`"),
+        ("benchmark", {"sweeps": {}}, "command", "benchmark.json that `hagmoe benchmark`"),
+        ("data", {}, "read", "data_report.json that `hagmoe train`"),
+    ],
+)
+def test_another_commands_file_is_refused(option, content, missing, wanted):
+    """`hagmoe analyze` and `hagmoe evaluate` both write a report.json; a KeyError would not say which one is wanted."""
+    with pytest.raises(ValueError, match=f"{option} without '{missing}' is not possible; allowed: the {wanted} writes"):
+        measured_card(tiny_config(), name="x", command="y", **{option: content})
+
+
+def test_a_dense_model_gets_no_mixtures_card(tmp_path, monkeypatch, capsys):
+    """It would say of somebody's BERT that it has experts."""
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "bert"}')
+    monkeypatch.setattr(sys, "argv", ["hagmoe", "card", str(tmp_path), str(tmp_path / "README.md")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert "model_type='bert' is not possible; allowed: 'hagmoe'" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.json", "[1]", "holds a list; allowed: a JSON or YAML mapping"),

@@ -38,6 +38,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["--calibration_rows", "-1"], "calibration_rows=-1 is not possible; allowed: 0"),
         (["--objective", "mlm", "--calibration_rows", "2"], "calibration_rows=2 is not possible; allowed: 0 with"),
         (["--where", "split"], "where='split' is not possible; allowed: COLUMN=VALUE"),
+        (["--where", "lang=en", "lang=de"], "where=\\['lang=en', 'lang=de'\\] is not possible; allowed: each column once"),
         (["--loss", "distill_kl"], "teacher=None is not possible; allowed: a folder or Hub id for loss='distill_kl'"),
         (["--teacher", "t"], "teacher='t' is not possible; allowed: None with this loss"),
         (["--preset", "small"], "preset='small' is not possible; allowed: one of .* for mlm without a model"),
@@ -66,6 +67,56 @@ def test_a_mistake_in_the_file_is_named(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_rows: 10.5", "max_rows=10.5 is not possible; allowed: int | None"),
+        ("max_rows: true", "max_rows=True is not possible; allowed: int | None"),
+        ("sparse_layers: [1, two]", "sparse_layers=[1, 'two'] is not possible; allowed: list[int]"),
+        ("matryoshka_dims: 8, 16", "matryoshka_dims='8, 16' is not possible; allowed: list[int]"),
+        ("matryoshka_dims: ['16']", "matryoshka_dims=['16'] is not possible; allowed: list[int]"),
+        ("where: {domain: a}", "where={'domain': 'a'} is not possible; allowed: list[str]"),
+        ("train_data:", "train_data=None is not possible; allowed: list[str]"),
+        ("model: 5", "model=5 is not possible; allowed: str | None"),
+        ("balance: 2", "balance=2 is not possible; allowed: bool"),
+        ("loss_options: [1]", "loss_options=[1] is not possible; allowed: dict | str | None"),
+        ("learning_rate: [1]", "learning_rate=[1] is not possible; allowed: float"),
+        ("seed: 1.5", "seed=1.5 is not possible; allowed: int"),
+        ("label_names: {a: b}", "label_names={'a': 'b'} is not possible; allowed: list[str] | None"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_file(text, message, tmp_path):
+    """Otherwise it fails after the model was loaded, as a sentence about iterables or slices."""
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}.")):
+        parse(["--config", str(path), *NEEDED])
+
+
+def test_one_value_is_a_list_of_one(tmp_path):
+    """`train_data: pairs.jsonl` is what people write first; it must not be read letter by letter."""
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "model: m\ntrain_data: pairs.jsonl\nwhere: domain=a\nsparse_layers: 1\nmatryoshka_dims: 16\nlabel_names: score\n"
+    )
+    options, training = parse(["--config", str(path)])
+    assert (options.train_data, options.where, options.conditions) == (["pairs.jsonl"], ["domain=a"], {"domain": "a"})
+    assert (options.sparse_layers, options.matryoshka_dims, training.label_names) == ([1], [16], ["score"])
+
+
+def test_the_trainers_own_kinds_of_values_pass(tmp_path):
+    """The file may hold any of the trainer's options; a check that is too strict would lock some out."""
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "model: m\ntrain_data: [x]\nlearning_rate: 1\nnum_train_epochs: 2.5\nwarmup_steps: 0.1\nreport_to: none\n"
+        "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 1}\nbatch_sampler: no_duplicates\n"
+        "eval_steps: null\nprompts: {anchor: 'query: '}\ntf32: null\nloss_options: '{\"scale\": 20}'\nmax_rows: '7'\n"
+    )
+    options, training = parse(["--config", str(path), "--use_cpu"])
+    assert (options.loss_keywords, options.max_rows, training.prompts) == ({"scale": 20}, 7, {"anchor": "query: "})
+    assert (training.learning_rate, training.num_train_epochs, training.warmup_steps) == (1, 2.5, 0.1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -25,7 +25,7 @@ def analyze(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Put before each text, like 'query: '.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of shuffles, samples and the map.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of shuffles, samples and the map.", min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Look inside MODEL with TEXTS: what each expert learned, as one page with pictures, numbers behind them."""
     from ..analysis.report import analyze as analyze_library

@@ -1,6 +1,5 @@
 """The verb `hagmoe benchmark`."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ def benchmark(
         list[str] | None, typer.Option(help="An exported model to time as well: FOLDER/onnx/FILE.onnx. Repeatable.")
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="JSON lines with a 'text' each, 256 or more; the packaged corpus by default.")
+        Path | None,
+        typer.Option(help=".jsonl, .csv or .parquet with 256 or more in a column `text`; the packaged corpus by default."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed calls per contestant; queries take ten times as many.", min=1)] = 9,
     threads: Annotated[int | None, typer.Option(help="Threads for torch; one per core by default.", min=1)] = None,
@@ -37,7 +37,7 @@ def benchmark(
     from ..benchmark.contestants import exported
     from ..benchmark.report import markdown
 
-    lines = None if texts is None else [json.loads(line)["text"] for line in texts.read_text("utf-8").splitlines() if line]
+    lines = None if texts is None else _read(texts)
     if profile:
         profile_mixture(parent, out, mixture=mixture, texts=lines, threads=threads)
         print(f"Written: {out}/profile/profile.json, trace.json (open it in ui.perfetto.dev)")
@@ -59,3 +59,14 @@ def benchmark(
     )
     print(markdown(report))
     print(f"Written: {out}/benchmark.json, benchmark.md and benchmark.png")
+
+
+def _read(path: Path) -> tuple[str, ...]:
+    from ..analysis.texts import read_texts
+
+    if not path.is_file():
+        raise FileNotFoundError(f"texts={path} is not there; allowed: an existing file.")
+    found = read_texts([str(path)], text_column="text")
+    for reason, count in found.skipped.items():
+        print(f"{path}: skipped {count}: {reason}")
+    return found.texts

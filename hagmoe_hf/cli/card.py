@@ -26,8 +26,12 @@ def card(
     benchmark: Annotated[Path | None, typer.Option(help="The benchmark.json of `hagmoe benchmark`.")] = None,
 ) -> None:
     """Write a card with everything that was measured, and with what the model is bad at, from the files that say so."""
+    config = _mapping(model / "config.json" if model.is_dir() else model)
+    kind, wanted = config.get("model_type"), HagMoeConfig.model_type
+    if kind != wanted:
+        raise ValueError(f"{model}: model_type={kind!r} is not possible; allowed: {wanted!r}, as `hagmoe upcycle` writes.")
     text = measured_card(
-        HagMoeConfig(**_mapping(model / "config.json" if model.is_dir() else model)),
+        HagMoeConfig(**config),
         name=name or out.resolve().parent.name,
         command=shlex.join(["hagmoe", *sys.argv[1:]]),
         base_model=base_model,

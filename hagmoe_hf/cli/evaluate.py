@@ -18,9 +18,11 @@ class SpacedLists(TyperCommand):
         """Repeat the option before each of its values, then parse as usual."""
         spread: list[str] = []
         option = ""
-        for word in args:
+        for word, following in zip(args, [*args[1:], "-"], strict=True):
             if word.startswith("-"):
                 option = word if word in _SPACED else ""
+                if option and following.startswith("-"):
+                    raise typer.BadParameter("no value is not possible; allowed: one or more.", ctx, param_hint=f"'{word}'")
                 spread += [] if option else [word]
             else:
                 spread += [option, word] if option else [word]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .. import demo as demo_room
@@ -73,7 +74,7 @@ def upcycle(
     calibration_texts: Annotated[
         Path | None, typer.Option(help="UTF-8 file, one text per line, from which the gates start; random gates by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the new routers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new routers.", min=0, max=2**32 - 1)] = 0,
     allow_key_mismatch: Annotated[
         bool, typer.Option("--allow-key-mismatch", help="Go on where weights are missing or left over.")
     ] = False,
@@ -130,5 +131,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(1)

@@ -9,4 +9,9 @@ def train(context: typer.Context) -> None:
         from ..training.run import main
     except ModuleNotFoundError as error:
         raise ImportError(f"Training needs {error.name}: pip install hagmoe_hf[train]") from error
-    main(context.args)
+    try:
+        main(context.args)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from error

@@ -4,8 +4,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from inspect import formatannotation
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -57,7 +59,9 @@ class TrainOptions:
     one_domain_batches: bool = field(default=True, metadata=_help("Make each batch of one domain, instead of rows of all."))
 
     loss: str = field(default="multiple_negatives_ranking", metadata=_help("The loss.", choices=tuple(LOSSES)))
-    loss_options: str | None = field(default=None, metadata=_help('Its keyword arguments as JSON, such as {"scale": 20}.'))
+    loss_options: dict | str | None = field(
+        default=None, metadata=_help('Its keyword arguments as JSON, such as {"scale": 20}.')
+    )
     matryoshka_dims: list[int] = field(default_factory=list, metadata=_help("Widths at which the loss is taken as well."))
     teacher: str | None = field(default=None, metadata=_help("Folder or Hub id of the teacher, for the distill losses."))
 
@@ -121,6 +125,7 @@ class TrainOptions:
         _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
         for condition in self.where:
             _require("=" in condition, "where", condition, "COLUMN=VALUE")
+        _require(len(self.conditions) == len(self.where), "where", self.where, "each column once")
         from_scratch = self.objective == "mlm" and self.model is None
         _require(bool(self.model) or from_scratch, "model", self.model, "a folder or Hub id")
         _require(
@@ -171,7 +176,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTr
         arguments: What follows the command's name.
 
     Raises:
-        ValueError: An option that does not exist in the YAML file, or a value that is not possible.
+        ValueError: An option of the YAML file that does not exist or has the wrong type, or a value that is not possible.
         OSError: The YAML file cannot be read.
         SystemExit: argparse refused the command line, or was asked for help.
     """
@@ -195,11 +200,31 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"config={path} is not YAML ({error}); allowed: a YAML mapping of options.") from error
     if not isinstance(content, dict):
         raise ValueError(f"config={path} is not a mapping; allowed: a YAML mapping of options.")
-    known = {f.name for kind in (TrainOptions, SentenceTransformerTrainingArguments) for f in fields(kind) if f.init}
-    for name in content:
-        if name not in known:
-            raise ValueError(f"{path}: unknown option {name!r}; allowed: {', '.join(sorted(known))}.")
-    return content  # argparse converts texts, such as the 2e-5 that YAML 1.1 does not read as a number
+    types: dict[str, Any] = {}
+    for kind in (TrainOptions, SentenceTransformerTrainingArguments):
+        hints = get_type_hints(kind)
+        types |= {f.name: hints[f.name] for f in fields(kind) if f.init}
+    for name, value in content.items():
+        if name not in types:
+            raise ValueError(f"{path}: unknown option {name!r}; allowed: {', '.join(sorted(types))}.")
+        fitting = [candidate for candidate in (value, [value]) if _fits(candidate, types[name])]
+        if not fitting:
+            raise ValueError(f"{path}: {name}={value!r} is not possible; allowed: {formatannotation(types[name])}.")
+        content[name] = fitting[0]
+    return content
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a YAML value is of a type; enumerations and what YAML cannot hold, such as functions, are not looked at."""
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if origin is list:
+        of = get_args(kind)
+        return isinstance(value, list) and (of not in ((int,), (str,)) or all(type(item) in of for item in value))
+    if origin in (bool, int, float):  # argparse converts texts, such as the 2e-5 that YAML 1.1 does not read as a number
+        return type(value) in (origin, str) or (origin is float and type(value) is int)
+    return origin not in (str, dict, NoneType) or type(value) is origin
 
 
 def _require(holds: bool, option: str, value: object, allowed: str) -> None:

@@ -212,7 +212,7 @@ class RouterCallback(TrainerCallback, ExportableState):
     def _metrics(self) -> dict[str, float]:
         assert self._window is not None
         assert self._last is not None
-        window, metrics = self._window, {}
+        window, metrics = self._window, dict[str, float]()
         is_counted = window.counts.sum(-1) > 0  # a layer that no gradient reaches is not: it is frozen, and all before it
         if not is_counted.any():
             return metrics
