@@ -66,6 +66,8 @@ COMMON_FIELDS = (
     "problem_type",
     "id2label",
     "label2id",
+    "sentence_transformers",  # says what a CrossEncoder does with the logits
+    "sbert_ce_default_activation_function",  # said so before
 )
 BERT_FIELDS = (
     *COMMON_FIELDS,
@@ -152,6 +154,10 @@ XLM_ROBERTA = replace(ROBERTA, heads=_roberta_heads("XLMRoberta"))
 
 
 def _modernbert_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    if config.local_attention < 2:
+        raise ValueError(
+            f"local_attention={config.local_attention} in the parent's config cannot be upcycled; allowed: 2 or more."
+        )
     return {
         "hidden_act": config.hidden_activation,
         "hidden_dropout_prob": config.attention_dropout,  # after the attention's output projection, too

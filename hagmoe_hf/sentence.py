@@ -1,27 +1,33 @@
-"""SentenceTransformers of stock modules: recognise one, load one, put another encoder into one.
+"""Models of sentence-transformers, of stock modules: recognise one, load one, put another encoder into one.
 
 sentence-transformers is an optional dependency; nothing here imports it before it is needed.
 """
 
 import copy
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base import BaseModel
+
+    Model = TypeVar("Model", bound=BaseModel)
+
+MODEL_TYPES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
 
 
-def is_sentence_transformer(model: Any) -> bool:
-    """Whether `model` is a `SentenceTransformer`; one can only be given where the library is imported already."""
+def is_sentence_model(model: Any) -> bool:
+    """Whether `model` is of one of `MODEL_TYPES`; it can only be where the library is imported already."""
     library = sys.modules.get("sentence_transformers")
-    return library is not None and isinstance(model, library.SentenceTransformer)
+    return library is not None and isinstance(model, tuple(getattr(library, name) for name in MODEL_TYPES))
 
 
 def is_sentence_transformer_path(name_or_path: str) -> bool:
-    """Whether a local folder or a Hub repository holds a `SentenceTransformer` (it has a `modules.json`).
+    """Whether a local folder or a Hub repository holds a model of sentence-transformers (it has a `modules.json`).
 
     Args:
         name_or_path: A local folder or a Hub id.
@@ -36,8 +42,32 @@ def load(name_or_path: str, **kwargs: Any) -> "SentenceTransformer":
     return _library().SentenceTransformer(name_or_path, **kwargs)
 
 
-def encoder_of(model: "SentenceTransformer") -> PreTrainedModel:
-    """The transformers model inside a `SentenceTransformer`.
+def load_as_saved(name_or_path: str) -> "BaseModel":
+    """Load a model of sentence-transformers as the one of `MODEL_TYPES` that it was saved as.
+
+    Args:
+        name_or_path: A local folder or a Hub id.
+
+    Raises:
+        ValueError: It was saved as something else.
+    """
+    config = _saved_json(name_or_path, "config_sentence_transformers.json") or {}
+    model_type = config.get("model_type", MODEL_TYPES[0])  # older ones do not say, and there was no other
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"model_type={model_type!r} in config_sentence_transformers.json of {name_or_path} cannot be loaded; allowed: "
+            f"{', '.join(MODEL_TYPES)}."
+        )
+    return getattr(_library(), model_type)(name_or_path)
+
+
+def encoder_subfolder(name_or_path: str) -> str:
+    """Where the encoder of a saved model lies in it: "" today, a sub-folder in older ones."""
+    return _saved_json(name_or_path, "modules.json")[0]["path"]
+
+
+def encoder_of(model: "BaseModel") -> PreTrainedModel:
+    """The transformers model inside a model of sentence-transformers.
 
     Raises:
         ValueError: Its first module is not the stock `Transformer`.
@@ -45,14 +75,14 @@ def encoder_of(model: "SentenceTransformer") -> PreTrainedModel:
     encoder = getattr(model[0], "model", None)
     if not isinstance(encoder, PreTrainedModel):
         raise ValueError(
-            f"The first module of this SentenceTransformer is a {type(model[0]).__name__}; allowed: the stock Transformer "
-            "module with a torch model."
+            f"The first module of this {type(model).__name__} is a {type(model[0]).__name__}; allowed: the stock "
+            "Transformer module with a torch model."
         )
     return encoder
 
 
-def with_encoder(parent: "SentenceTransformer", encoder: PreTrainedModel, card_text: str) -> "SentenceTransformer":
-    """A copy of `parent` with another encoder; tokenizer, pooling, prompts, lengths and similarity stay the same.
+def with_encoder(parent: "Model", encoder: PreTrainedModel, card_text: str) -> "Model":
+    """A copy of `parent` with another encoder; all around it stays: tokenizer, pooling, prompts, lengths, activation.
 
     Args:
         parent: Left as it was.
@@ -62,13 +92,21 @@ def with_encoder(parent: "SentenceTransformer", encoder: PreTrainedModel, card_t
     dense = encoder_of(parent)
     # Wherever deepcopy meets the parent's encoder it takes `encoder` instead, so the dense weights are never copied
     model = copy.deepcopy(parent, {id(dense): encoder})
+    if in_float32 := getattr(model, "keep_in_fp32_modules", None):  # a CrossEncoder's choice of layers, some in the encoder
+        cast(Any, model).set_keep_in_fp32_modules(in_float32)
     model._model_card_text = card_text  # type: ignore[assignment]
     return model
 
 
-def card_text(model: "SentenceTransformer") -> str:
+def card_text(model: "BaseModel") -> str:
     """The model card that `model` was loaded with, "" where there was none."""
     return model._model_card_text or ""
+
+
+def _saved_json(name_or_path: str, file: str) -> Any:
+    """What a file of a saved model says, None where there is no such file."""
+    path = _library().util.load_file_path(name_or_path, file)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _library() -> Any:

@@ -9,7 +9,7 @@ added once.
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -32,7 +32,7 @@ from . import modeling_hagmoe, sentence
 from .calibration import Calibration, Tokenize, calibrate
 from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
 from .families import FAMILIES, Family, KeyRules
-from .model_card import upcycled_card
+from .model_card import USAGE, upcycled_card
 from .modeling_hagmoe import HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
 
 StateDict: TypeAlias = dict[str, Tensor]
@@ -103,7 +103,7 @@ class UpcyclingReport:
 def upcycle(
     parent: Any,
     *,
-    sparse_layers: Sequence[int] | None = None,
+    sparse_layers: Iterable[int] | None = None,
     n_group: int = 4,
     num_experts: int = 8,
     num_experts_per_tok: int = 1,
@@ -111,7 +111,7 @@ def upcycle(
     shared_expert_fraction: float = 0.5,
     group_routing: str = "sequence",
     combine_rule: str = "selection",
-    calibration_texts: Sequence[str] | None = None,
+    calibration_texts: Iterable[str] | None = None,
     seed: int = 0,
     allow_key_mismatch: bool = False,
 ) -> Any:
@@ -120,7 +120,8 @@ def upcycle(
     With `num_experts_per_tok=1` the mixture has its parent's active FLOPs; each further expert adds one routed slice.
 
     Args:
-        parent: A path or Hub id, a transformers model, or a `SentenceTransformer`. It is left as it was.
+        parent: A path or Hub id, a transformers model, or a `SentenceTransformer`, `CrossEncoder`, `SparseEncoder` or
+            `MultiVectorEncoder`. It is left as it was.
         sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end; every
             second layer but the last where None.
         n_group: Expert groups, a divisor of `num_experts`; 1 for a plain token router.
@@ -139,9 +140,9 @@ def upcycle(
             stay random. A path or Hub id only.
 
     Returns:
-        The same kind of thing: a `SentenceTransformer` of stock modules for a `SentenceTransformer` (or a path to one), a
-        `HagMoeModel` or the HAG-MoE class with the parent's head for a transformers model. Its `upcycling_report` is an
-        `UpcyclingReport`.
+        The same kind of thing: for a model of sentence-transformers (or a path to one, which has a `modules.json`) one of
+        the same class and of stock modules, for a transformers model a `HagMoeModel` or the HAG-MoE class with the parent's
+        head. Its `upcycling_report` is an `UpcyclingReport`.
 
     Raises:
         ValueError: A family, head, layer, width or option that cannot be upcycled, weights that are not finite, calibration
@@ -159,24 +160,33 @@ def upcycle(
         "combine_rule": combine_rule,
     }
 
+    texts = None if calibration_texts is None else _text_list(calibration_texts)
+
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
         mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
-        if calibration_texts is not None:
-            calibration = calibrate(mixture, _tokenize_for(given, mixture), calibration_texts, seed)
+        if texts is not None:
+            calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed)
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
         return mixture
 
     given = parent
     if isinstance(parent, str | os.PathLike):
         parent = load_parent(parent, allow_key_mismatch)
-        given = parent if sentence.is_sentence_transformer(parent) else given
+        given = parent if sentence.is_sentence_model(parent) else given
     if isinstance(parent, PreTrainedModel):
         return upcycle_model(parent)
-    if sentence.is_sentence_transformer(parent):
-        return _upcycle_sentence_transformer(parent, upcycle_model)
+    if sentence.is_sentence_model(parent):
+        return _upcycle_sentence_model(parent, upcycle_model)
     raise TypeError(
-        f"parent is a {type(parent).__name__}; allowed: a path or Hub id, a transformers model, a SentenceTransformer."
+        f"parent is a {type(parent).__name__}; allowed: a path or Hub id, a transformers model, a "
+        f"{', '.join(sentence.MODEL_TYPES)}."
     )
+
+
+def _text_list(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(f"calibration_texts holds {texts!r} of type {type(texts).__name__}; allowed: a list of texts.")
+    return list(texts)
 
 
 def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
@@ -184,7 +194,7 @@ def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
     if isinstance(given, PreTrainedModel):
         raise ValueError(
             f"calibration_texts with a {type(given).__name__}, which comes without its tokenizer; allowed: a path or Hub "
-            "id, or a SentenceTransformer."
+            f"id, or a {', '.join(sentence.MODEL_TYPES)}."
         )
     is_path = isinstance(given, str | os.PathLike)
     tokenizer = AutoTokenizer.from_pretrained(os.fspath(given)) if is_path else given.tokenizer
@@ -193,7 +203,7 @@ def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
 
 
 def load_parent(name_or_path: str | os.PathLike, allow_key_mismatch: bool = False) -> Any:
-    """Load a dense model as what it was saved as: a `SentenceTransformer`, or the transformers class in its config.
+    """Load a dense model as what it was saved as: a model of sentence-transformers, or the transformers class in its config.
 
     Args:
         name_or_path: A local folder or a Hub id.
@@ -215,10 +225,11 @@ def load_parent(name_or_path: str | os.PathLike, allow_key_mismatch: bool = Fals
             model, info = loader.from_pretrained(name, output_loading_info=True)
             _check_loading(model, info, allow_key_mismatch)
             return model
-        parent = sentence.load(name)
+        parent = sentence.load_as_saved(name)
         # sentence-transformers does not say which weights it found, so the encoder is loaded once more
-        encoder = sentence.encoder_of(parent)
-        _, info = cast(Any, type(encoder)).from_pretrained(encoder.name_or_path, output_loading_info=True)
+        encoder: Any = sentence.encoder_of(parent)
+        subfolder = sentence.encoder_subfolder(name)
+        _, info = type(encoder).from_pretrained(encoder.name_or_path, subfolder=subfolder, output_loading_info=True)
         _check_loading(encoder, info, allow_key_mismatch)
         return parent
 
@@ -253,19 +264,30 @@ def _check_loading(model: PreTrainedModel, info: dict, allow_key_mismatch: bool)
     warnings.warn(f"{model.name_or_path} {found}: what is missing stays random, the rest is left out.", stacklevel=4)
 
 
-def _upcycle_sentence_transformer(parent: Any, upcycle_model: Callable) -> Any:
+def _upcycle_sentence_model(parent: Any, upcycle_model: Callable) -> Any:
     encoder = upcycle_model(sentence.encoder_of(parent))
     report = encoder.upcycling_report
     # A card is for publishing, so it shows the parent's name, not the folder it was loaded from
     public_report = replace(report, parent=Path(report.parent).name) if Path(report.parent).is_dir() else report
-    mixture = sentence.with_encoder(parent, encoder, upcycled_card(str(public_report), sentence.card_text(parent)))
+    mixture = sentence.with_encoder(parent, encoder, _card(parent, str(public_report)))
     mixture.upcycling_report = report
     return mixture
 
 
+def _card(parent: Any, report: str) -> str:
+    """A card whose head and snippet are those of the parent's class, not of a `SentenceTransformer`."""
+    card = upcycled_card(report, sentence.card_text(parent))
+    card = card.replace("pipeline_tag: sentence-similarity", f"pipeline_tag: {parent.model_card_data.pipeline_tag}", 1)
+    usage = USAGE.replace("SentenceTransformer", parent.model_type)
+    if parent.model_type == "CrossEncoder":
+        card = card.replace("its vectors are", "its scores are", 1)
+        usage = re.sub(r"vectors = .*", 'scores = model.predict([("a text", "another one")])', usage)
+    return card.replace(USAGE, usage, 1)
+
+
 def _upcycle_model(
     parent: PreTrainedModel,
-    sparse_layers: Sequence[int] | None,
+    sparse_layers: Iterable[int] | None,
     shared_expert_fraction: float,
     options: dict[str, Any],
     seed: int,
@@ -322,7 +344,7 @@ def _family_and_class(parent: PreTrainedModel) -> tuple[Family, type[HagMoePreTr
 def _mixture_config(
     parent: PreTrainedModel,
     family: Family,
-    sparse_layers: Sequence[int] | None,
+    sparse_layers: Iterable[int] | None,
     shared_expert_fraction: float,
     options: dict[str, Any],
 ) -> HagMoeConfig:
@@ -345,18 +367,19 @@ def _mixture_config(
     )
 
 
-def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Sequence[int] | None) -> list[str]:
+def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Iterable[int] | None) -> list[str]:
     if sparse_layers is None:
         return default_mlp_layer_types(num_hidden_layers)
-    if isinstance(sparse_layers, str) or not all(isinstance(layer, int) for layer in sparse_layers) or not sparse_layers:
+    layers = [] if isinstance(sparse_layers, str) or not isinstance(sparse_layers, Iterable) else list(sparse_layers)
+    if not layers or not all(isinstance(layer, int) for layer in layers):
         raise ValueError(f"sparse_layers={sparse_layers!r} is not possible; allowed: a list of layer numbers, or None.")
-    out_of_range = [layer for layer in sparse_layers if not -num_hidden_layers <= layer < num_hidden_layers]
+    out_of_range = [layer for layer in layers if not -num_hidden_layers <= layer < num_hidden_layers]
     if out_of_range:
         raise ValueError(
-            f"sparse_layers={list(sparse_layers)} names layer {out_of_range[0]}; allowed: 0 to {num_hidden_layers - 1} "
+            f"sparse_layers={layers} names layer {out_of_range[0]}; allowed: 0 to {num_hidden_layers - 1} "
             f"(or -{num_hidden_layers} to -1)."
         )
-    sparse = {layer % num_hidden_layers for layer in sparse_layers}
+    sparse = {layer % num_hidden_layers for layer in layers}
     return ["sparse" if layer in sparse else "dense" for layer in range(num_hidden_layers)]
 
 

@@ -1,9 +1,12 @@
 """The doors of the ecosystem people come through: each encodes and trains on a mixture with its stock classes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, TINY, spread, tiny_config
+import transformers
+from conftest import NO_DROPOUT, SHAPES, TINY, route_hard, spread, tiny_config
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from sentence_transformers import (
@@ -27,13 +30,34 @@ from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesR
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 from transformers import AutoTokenizer, pipeline, pipelines
 
-from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeForTokenClassification, HagMoeModel
+from hagmoe_hf import HagMoeForMaskedLM, HagMoeForSequenceClassification, HagMoeForTokenClassification, HagMoeModel, upcycle
+from hagmoe_hf.cli.main import app
 from hagmoe_hf.demo import parent_folder
 from hagmoe_hf.training.router_callback import RouterCallback
 
 TEXTS = ["free the disk space", "Wie spät ist es?", "a recipe for lentil soup", ""]
 PAIRS = {"anchor": [f"question {i}" for i in range(8)], "positive": [f"the answer to {i}" for i in range(8)]}
 each_shape = pytest.mark.parametrize("shape", ["bert", "modernbert"])
+# A dense model's head behind each door, and what the door gives
+DOORS = {
+    CrossEncoder: ("ForSequenceClassification", lambda model: [model.predict([("a", text) for text in TEXTS])]),
+    SparseEncoder: ("ForMaskedLM", lambda model: [model.encode(TEXTS).to_dense().numpy()]),
+    MultiVectorEncoder: ("Model", lambda model: [np.asarray(vectors) for vectors in model.encode_document(TEXTS)]),
+}
+DENSE = {"Bert": {}, "Roberta": {"pad_token_id": 1, "type_vocab_size": 1}}
+
+
+def save_dense(folder, family: str, head: str) -> str:
+    """Save a tiny dense model of some family and head with a real tokenizer; what `from_pretrained` is given."""
+    config = getattr(transformers, f"{family}Config")(
+        **{**TINY, **NO_DROPOUT, **DENSE[family], "vocab_size": 30522}, **({"num_labels": 1} if "Sequence" in head else {})
+    )
+    spread(getattr(transformers, family + head)(config), scale=0.2).save_pretrained(folder)
+    names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + (family == "Bert")]
+    tokenizer = AutoTokenizer.from_pretrained(parent_folder(), model_input_names=names)
+    tokenizer.model_max_length = 60
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -117,6 +141,75 @@ def test_cross_encoder_ranks_and_trains(shape, folder, tmp_path):
     loss = BinaryCrossEntropyLoss(model)
     losses = three_steps(CrossEncoderTrainer, CrossEncoderTrainingArguments, model, data, loss, tmp_path / "run")
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_what_is_behind_a_door_is_upcycled_with_its_head_and_scores(door, family, tmp_path):
+    """All are saved with a modules.json, as a SentenceTransformer is; read as one, a reranker would lose its classifier."""
+    head, outputs = DOORS[door]
+    options = {"activation_fn": torch.nn.Identity(), "prompts": {"q": "query: "}} if door is CrossEncoder else {}
+    parent = door(save_dense(tmp_path / "dense", family, head), device="cpu", **options)
+    parent.save_pretrained(str(tmp_path / "parent"))
+    expected = outputs(parent)
+    assert np.std(expected[0]) > 0.01, "values too narrow to show a lost head"
+    for given in (parent, str(tmp_path / "parent")):
+        mixture = route_hard(upcycle(given))
+        mixture.save_pretrained(str(tmp_path / "mixture"))
+        for model in (mixture, door(str(tmp_path / "mixture"), device="cpu")):
+            assert type(model) is door
+            assert model.prompts == parent.prompts
+            for want, have in zip(expected, outputs(model), strict=True):
+                assert np.abs(have - want).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.1.0"}},
+        {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_reranker_of_an_older_version_keeps_its_activation(field, tmp_path):
+    """It is in config.json; without it, scores of -10 to 10 would come out of a sigmoid, and thresholds on them fail."""
+    dense = save_dense(tmp_path / "dense", "Bert", "ForSequenceClassification")
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    (tmp_path / "dense/config.json").write_text(json.dumps(config | field))
+    mixture = upcycle(dense)
+    assert type(mixture) is HagMoeForSequenceClassification
+    mixture.save_pretrained(tmp_path / "mixture")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "mixture")
+    parent, reranker = (CrossEncoder(str(folder), device="cpu") for folder in (dense, tmp_path / "mixture"))
+    assert type(reranker.activation_fn) is torch.nn.Identity
+    pairs = [("a", text) for text in TEXTS]
+    assert np.abs(reranker.predict(pairs) - parent.predict(pairs)).max() <= 1e-5
+
+
+def test_the_command_upcycles_a_reranker_into_one(tmp_path):
+    """Its folder, and no line of Python, is what most people have."""
+    dense = save_dense(tmp_path / "dense", "Bert", "ForSequenceClassification")
+    CrossEncoder(dense, device="cpu").save_pretrained(str(tmp_path / "parent"))
+    app(["upcycle", str(tmp_path / "parent"), str(tmp_path / "mixture")], standalone_mode=False)
+    parent, reranker = (CrossEncoder(str(tmp_path / name), device="cpu") for name in ("parent", "mixture"))
+    assert isinstance(reranker[0].model, HagMoeForSequenceClassification)
+    pairs = [("a", text) for text in TEXTS]
+    assert np.abs(reranker.predict(pairs) - parent.predict(pairs)).max() <= 1e-5
+    card = (tmp_path / "mixture/README.md").read_text(encoding="utf-8").split("# The parent's model card")[0]
+    assert "pipeline_tag: text-ranking" in card
+    assert "model = CrossEncoder(" in card
+    assert "model.predict(" in card
+    assert "SentenceTransformer" not in card
+
+
+@pytest.mark.skipif(not hasattr(CrossEncoder, "set_keep_in_fp32_modules"), reason="needs a later sentence-transformers")
+def test_layers_that_a_reranker_computes_in_float32_stay_so(tmp_path):
+    """They are layers of the encoder that is replaced."""
+    dense = save_dense(tmp_path / "dense", "Bert", "ForSequenceClassification")
+    parent = CrossEncoder(dense, device="cpu", keep_in_fp32_modules=["0.model.classifier"])
+    parent.bfloat16()
+    mixture = upcycle(parent)
+    assert type(mixture[0].model.classifier) is type(parent[0].model.classifier) is not torch.nn.Linear
 
 
 @each_shape

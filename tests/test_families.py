@@ -175,6 +175,12 @@ def test_a_head_width_of_its_own_is_refused():
         upcycle(NomicBertModel(NomicBertConfig(**TINY, head_dim=16)))
 
 
+def test_a_window_of_nothing_is_refused_by_the_parents_field():
+    """The mixture calls it otherwise, and its name would not be found in the parent's config."""
+    with pytest.raises(ValueError, match="local_attention=1 in the parent's config cannot be upcycled; allowed: 2 or more"):
+        upcycle(tiny_parent("modernbert", "ModernBertModel", local_attention=1))
+
+
 def test_a_roberta_without_padding_id_is_refused():
     """Its positions start by that id."""
     parent = RobertaModel(RobertaConfig(**{**TINY, "pad_token_id": 1}))

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,22 @@ def test_the_saved_card_says_what_the_model_is(tmp_path):
     assert "license: apache-2.0" in card
     assert "# The parent's model card" in card
     assert str(parent_folder()) not in card, "a card must not show where files lay on the author's machine"
+
+
+def test_a_model_of_another_library_is_refused_by_its_type(tmp_path):
+    """Loaded as a SentenceTransformer it would get modules that it was not trained with."""
+    SentenceTransformer(str(parent_folder()), device="cpu").save_pretrained(str(tmp_path))
+    file = tmp_path / "config_sentence_transformers.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "ColBERT"}))
+    with pytest.raises(ValueError, match=r"model_type='ColBERT' in .* cannot be loaded; allowed: SentenceTransformer, "):
+        upcycle(tmp_path)
+
+
+def test_a_model_whose_first_module_is_no_encoder_is_refused(real_parent):
+    """Two encoders, or none, are not what a mixture can take the place of."""
+    routed = models.Router.for_query_document([real_parent[0]], [real_parent[0]])
+    with pytest.raises(ValueError, match="first module of this SentenceTransformer is a Router; allowed: the stock"):
+        upcycle(SentenceTransformer(modules=[routed, real_parent[1]], device="cpu"))
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import MODES, TINY, route_hard, spread
 from huggingface_hub.errors import StrictDataclassError
+from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -168,6 +169,32 @@ def test_a_saved_parent_is_upcycled_as_what_it_is(dense_class, mixture_class, tm
         assert ((got - expected)[real] if got.dim() == 3 else got - expected).abs().max() <= 1e-5
 
 
+def test_an_encoder_in_a_subfolder_is_found(tmp_path):
+    """So older sentence-transformers saved it; what they saved is still out there."""
+    tiny_parent(vocab_size=30522).save_pretrained(tmp_path / "0_Transformer")
+    AutoTokenizer.from_pretrained(parent_folder(), model_max_length=60).save_pretrained(tmp_path / "0_Transformer")
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    names = {"0_Transformer": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for place, (path, name) in enumerate(names.items())
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    texts = ["free the disk space", "Wie spät ist es?"]
+    difference = upcycle(tmp_path).encode(texts) - SentenceTransformer(str(tmp_path), device="cpu").encode(texts)
+    assert abs(difference).max() <= 1e-5
+
+
+def test_layers_and_texts_may_come_from_any_iterable(corpus):
+    """A generator is gone after one look, and would be reported as empty."""
+    parent = SentenceTransformer(str(parent_folder()), device="cpu")
+    texts = corpus[:64]
+    mixture = upcycle(parent, sparse_layers=(layer for layer in (0, 2)), calibration_texts=(text for text in texts))
+    assert mixture.upcycling_report == upcycle(parent, sparse_layers=[0, 2], calibration_texts=texts).upcycling_report
+
+
 def test_labels_survive():
     parent = tiny_parent(BertForSequenceClassification, id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0})
     assert upcycle(parent).config.id2label == {0: "cat", 1: "dog", 2: "owl"}
@@ -185,6 +212,9 @@ REFUSED = {
     "layer out of range": ({"sparse_layers": [1, 3]}, "names layer 3; allowed: 0 to 2"),
     "no layer": ({"sparse_layers": []}, r"sparse_layers=\[\] is not possible"),
     "layers as text": ({"sparse_layers": "1,2"}, "sparse_layers='1,2' is not possible"),
+    "a layer alone": ({"sparse_layers": 1}, "sparse_layers=1 is not possible; allowed: a list of layer numbers"),
+    "a text alone": ({"calibration_texts": "a b"}, "calibration_texts holds 'a b' of type str; allowed: a list of texts"),
+    "texts as a number": ({"calibration_texts": 9}, "calibration_texts holds 9 of type int; allowed: a list of texts"),
     "softmax": ({"combine_rule": "softmax"}, "combine_rule='softmax' cannot be upcycled"),
     "groups": ({"n_group": 3}, "n_group=3 is not possible; allowed: a divisor of num_experts=8"),
 }
