@@ -78,8 +78,7 @@ def complete(folder: Path, repo_id: str) -> None:
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    is_sentence_transformer = (folder / "modules.json").is_file()
-    card.write_text(published_card(text, repo_id, is_sentence_transformer), encoding="utf-8")
+    card.write_text(published_card(text, repo_id, _model_type(folder)), encoding="utf-8")
 
 
 def auto_map() -> dict[str, str]:
@@ -91,6 +90,15 @@ def auto_map() -> dict[str, str]:
         if task == "Model" or task.startswith("For"):
             found[auto_class] = f"modeling_hagmoe.{name}"
     return found
+
+
+def _model_type(folder: Path) -> str | None:
+    """The sentence-transformers class that was saved, None for a bare transformers model."""
+    if not (folder / "modules.json").is_file():
+        return None
+    config = folder / "config_sentence_transformers.json"
+    stated = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return stated.get("model_type", "SentenceTransformer")
 
 
 def _encoder_folder(folder: Path) -> Path:

@@ -4,6 +4,7 @@ A card is written when a model is upcycled, made true when it was trained, repla
 (`hagmoe card`), and completed when it is published.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,26 @@ MODEL_KEYS = ("label", "macro", "worst_domain", "tasks", "domains", "languages")
 PLACEHOLDERS = ("path/or/hub-id/of/this/model", "sentence_transformers_model_id")
 
 
-def published_card(card: str, repo_id: str, is_sentence_transformer: bool) -> str:
+def usage_of(model_type: str) -> str:
+    """How a model of a sentence-transformers class, such as "CrossEncoder", is loaded and called: a block of Python."""
+    usage = USAGE.replace("SentenceTransformer", model_type)
+    if model_type == "CrossEncoder":
+        usage = re.sub(r"vectors = .*", 'scores = model.predict([("a text", "another one")])', usage)
+    return usage
+
+
+def published_card(card: str, repo_id: str, model_type: str | None) -> str:
     """A saved model's card, with the repository's name in its snippets and a way to load it without this package.
 
     Args:
         card: The card that was saved with the model, "" where there was none.
         repo_id: "owner/name" on the Hub.
-        is_sentence_transformer: Whether it is a `SentenceTransformer`, or a bare transformers model.
+        model_type: Its sentence-transformers class, such as "SentenceTransformer"; None for a bare transformers model.
 
     Returns:
         Markdown with a YAML head.
     """
-    usage = USAGE if is_sentence_transformer else ENCODER_USAGE
+    usage = usage_of(model_type) if model_type else ENCODER_USAGE
     if not card.strip():
         head = ModelCardData(library_name="transformers", tags=["mixture-of-experts", "hagmoe"])
         card = f"---\n{head.to_yaml()}\n---\n\n# HAG-MoE\n\nA mixture-of-experts text encoder.\n"
@@ -72,12 +81,19 @@ def published_card(card: str, repo_id: str, is_sentence_transformer: bool) -> st
     return card
 
 
-def upcycled_card(report: str, parent_card: str) -> str:
+def upcycled_card(
+    report: str,
+    parent_card: str,
+    model_type: str = "SentenceTransformer",
+    pipeline_tag: str | None = "sentence-similarity",
+) -> str:
     """The card of a mixture that was upcycled and not trained yet.
 
     Args:
         report: The printed upcycling report.
         parent_card: The parent's card, "" where there is none; its licence, languages and data apply to the mixture, too.
+        model_type: The sentence-transformers class.
+        pipeline_tag: What the Hub lists it under.
 
     Returns:
         Markdown with a YAML head.
@@ -86,20 +102,20 @@ def upcycled_card(report: str, parent_card: str) -> str:
     inherited = {key: value for key, value in parent.data.to_dict().items() if key in ("license", "language", "datasets")}
     head = ModelCardData(
         library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
+        pipeline_tag=pipeline_tag,
         tags=list(TAGS),
         **inherited,
     )
     body = f"""# HAG-MoE, upcycled
 
 A mixture-of-experts text encoder made from a dense one by copying and splitting its weights. It has not been trained since:
-its vectors are its parent's, and its router has learned nothing yet.
+its {"scores" if model_type == "CrossEncoder" else "vectors"} are its parent's, and its router has learned nothing yet.
 
 ```
 {report}
 ```
 
-{USAGE}
+{usage_of(model_type)}
 """
     if parent.text.strip():
         body += f"\n# The parent's model card\n\n{parent.text.strip()}\n"

@@ -38,8 +38,14 @@ def is_sentence_transformer_path(name_or_path: str) -> bool:
 
 
 def load(name_or_path: str, **kwargs: Any) -> "SentenceTransformer":
-    """Load a `SentenceTransformer` from a local folder or the Hub."""
-    return _library().SentenceTransformer(name_or_path, **kwargs)
+    """Load a `SentenceTransformer`; the arguments are its own.
+
+    Raises:
+        ValueError: It is a `CrossEncoder`, say, of which sentence-transformers would quietly leave the head out.
+        ImportError: sentence-transformers is missing.
+    """
+    library = _library()
+    return getattr(library, _checked_type(name_or_path, MODEL_TYPES[:1]))(name_or_path, **kwargs)
 
 
 def load_as_saved(name_or_path: str) -> "BaseModel":
@@ -50,15 +56,9 @@ def load_as_saved(name_or_path: str) -> "BaseModel":
 
     Raises:
         ValueError: It was saved as something else.
+        ImportError: sentence-transformers is missing.
     """
-    config = _saved_json(name_or_path, "config_sentence_transformers.json") or {}
-    model_type = config.get("model_type", MODEL_TYPES[0])  # older ones do not say, and there was no other
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"model_type={model_type!r} in config_sentence_transformers.json of {name_or_path} cannot be loaded; allowed: "
-            f"{', '.join(MODEL_TYPES)}."
-        )
-    return getattr(_library(), model_type)(name_or_path)
+    return getattr(_library(), _checked_type(name_or_path, MODEL_TYPES))(name_or_path)
 
 
 def encoder_subfolder(name_or_path: str) -> str:
@@ -101,6 +101,17 @@ def with_encoder(parent: "Model", encoder: PreTrainedModel, card_text: str) -> "
 def card_text(model: "BaseModel") -> str:
     """The model card that `model` was loaded with, "" where there was none."""
     return model._model_card_text or ""
+
+
+def _checked_type(name_or_path: str, allowed: tuple[str, ...]) -> str:
+    config = _saved_json(name_or_path, "config_sentence_transformers.json") or {}
+    model_type = config.get("model_type", MODEL_TYPES[0])  # older ones do not say, and there was no other
+    if model_type not in allowed:
+        raise ValueError(
+            f"model_type={model_type!r} in config_sentence_transformers.json of {name_or_path} cannot be loaded here; "
+            f"allowed: {', '.join(allowed)}."
+        )
+    return model_type
 
 
 def _saved_json(name_or_path: str, file: str) -> Any:

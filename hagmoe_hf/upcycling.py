@@ -32,7 +32,7 @@ from . import modeling_hagmoe, sentence
 from .calibration import Calibration, Tokenize, calibrate
 from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
 from .families import FAMILIES, Family, KeyRules
-from .model_card import USAGE, upcycled_card
+from .model_card import upcycled_card
 from .modeling_hagmoe import HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
 
 StateDict: TypeAlias = dict[str, Tensor]
@@ -269,20 +269,11 @@ def _upcycle_sentence_model(parent: Any, upcycle_model: Callable) -> Any:
     report = encoder.upcycling_report
     # A card is for publishing, so it shows the parent's name, not the folder it was loaded from
     public_report = replace(report, parent=Path(report.parent).name) if Path(report.parent).is_dir() else report
-    mixture = sentence.with_encoder(parent, encoder, _card(parent, str(public_report)))
+    tag = parent.model_card_data.pipeline_tag
+    card = upcycled_card(str(public_report), sentence.card_text(parent), parent.model_type, tag)
+    mixture = sentence.with_encoder(parent, encoder, card)
     mixture.upcycling_report = report
     return mixture
-
-
-def _card(parent: Any, report: str) -> str:
-    """A card whose head and snippet are those of the parent's class, not of a `SentenceTransformer`."""
-    card = upcycled_card(report, sentence.card_text(parent))
-    card = card.replace("pipeline_tag: sentence-similarity", f"pipeline_tag: {parent.model_card_data.pipeline_tag}", 1)
-    usage = USAGE.replace("SentenceTransformer", parent.model_type)
-    if parent.model_type == "CrossEncoder":
-        card = card.replace("its vectors are", "its scores are", 1)
-        usage = re.sub(r"vectors = .*", 'scores = model.predict([("a text", "another one")])', usage)
-    return card.replace(USAGE, usage, 1)
 
 
 def _upcycle_model(

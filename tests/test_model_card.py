@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hagmoe_hf.cli.main import main
-from hagmoe_hf.model_card import TEMPLATE, measured_card, published_card
+from hagmoe_hf.model_card import TEMPLATE, measured_card, published_card, upcycled_card
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
@@ -142,9 +142,18 @@ def test_what_was_not_measured_is_said():
     assert f"{counts.total:,}; {counts.active:,} of them active" in card
 
 
+def test_a_rerankers_card_says_how_to_rerank():
+    """Whoever copies the snippet must not get vectors of a model that was made to give scores."""
+    card = published_card(upcycled_card("the report", "", "CrossEncoder", "text-ranking"), "me/reranker", "CrossEncoder")
+    assert ModelCard(card).data.pipeline_tag == "text-ranking"
+    assert 'CrossEncoder("me/reranker", trust_remote_code=True)\nscores = model.predict(' in card
+    assert "its scores are its parent's" in card
+    assert "SentenceTransformer" not in card
+
+
 def test_a_measured_card_can_be_published():
     """`hagmoe push` completes it as any other."""
-    card = published_card(measured_card(tiny_config(), name="x", command="y"), "me/mixture", True)
+    card = published_card(measured_card(tiny_config(), name="x", command="y"), "me/mixture", "SentenceTransformer")
     assert 'SentenceTransformer("me/mixture")' in card
     assert 'SentenceTransformer("me/mixture", trust_remote_code=True)' in card
     assert "path/or/hub-id" not in card

@@ -12,7 +12,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from hagmoe_hf import HagMoeModel, upcycle
+from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.demo import parent_folder
 
 TEXTS = ["free the disk space", "Wie spät ist es?", "", "a " * 400, "def f(x):\n    return x", "日本語のテキスト"]
@@ -103,8 +103,12 @@ def test_a_model_of_another_library_is_refused_by_its_type(tmp_path):
     SentenceTransformer(str(parent_folder()), device="cpu").save_pretrained(str(tmp_path))
     file = tmp_path / "config_sentence_transformers.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "ColBERT"}))
-    with pytest.raises(ValueError, match=r"model_type='ColBERT' in .* cannot be loaded; allowed: SentenceTransformer, "):
+    with pytest.raises(ValueError, match=r"model_type='ColBERT' in .* cannot be loaded here; allowed: SentenceTransf"):
         upcycle(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model_type='ColBERT' in .* cannot be loaded here; allowed: SentenceTransformer\."
+    ):
+        sentence.load(str(tmp_path))
 
 
 def test_a_model_whose_first_module_is_no_encoder_is_refused(real_parent):
