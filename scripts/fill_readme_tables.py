@@ -81,8 +81,8 @@ def ablation() -> str:
     headings = rows[0]
     shown = [place for place, heading in enumerate(headings) if heading not in LEFT_OUT]
     lines = [f"| {' | '.join(row[place] for place in shown)} |" for row in rows]
-    setting = text.split("\n\n")[1]
-    return "\n".join([*lines, "", f"{setting} More: [table](docs/results/{found}), [log](docs/log.md)."])
+    setting, arms = text.split("\n\n")[1], text.split("\n\n")[3]
+    return "\n".join([*lines, "", arms, "", f"{setting} More: [table](docs/results/{found}), [log](docs/log.md)."])
 
 
 def times(page: str) -> str:
