@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -355,8 +356,9 @@ class HagMoeRouter(nn.Module):
         self.group_bias: Tensor | None
         self.expert_bias: Tensor | None
         has_groups, has_choice = config.n_group > 1, config.experts_per_group > 1
-        self.register_buffer("group_bias", torch.zeros(config.n_group) if has_groups else None)
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts) if has_choice else None)
+        zeros = partial(torch.zeros, dtype=torch.float32)  # also in a model that is built in half precision
+        self.register_buffer("group_bias", zeros(config.n_group) if has_groups else None)
+        self.register_buffer("expert_bias", zeros(config.num_experts) if has_choice else None)
         if has_groups and config.group_routing == "sequence":
             self.attention_query = nn.Parameter(torch.empty(config.hidden_size))
         if has_groups:
@@ -370,7 +372,7 @@ class HagMoeRouter(nn.Module):
         super()._apply(fn, recurse)
         for name, bias in exact.items():
             moved = self.get_buffer(name)
-            if moved.dtype != bias.dtype:
+            if bias.dtype == torch.float32 != moved.dtype:
                 setattr(self, name, bias.to(moved.device))
         return self
 

@@ -150,6 +150,8 @@ def test_biases_survive_the_disk_and_half_precision(tiny, tmp_path):
         assert block.experts.up_proj.dtype == torch.bfloat16
     cast = tiny[0].model.to(torch.bfloat16)
     assert all(torch.equal(block.router.expert_bias, torch.arange(8) * 0.1001) for block in blocks_of(cast))
+    built = HagMoeModel._from_config(half.config, dtype=torch.bfloat16)
+    assert {block.router.group_bias.dtype for block in blocks_of(built)} == {torch.float32}
 
 
 def test_the_bias_shifts_the_choice_and_no_weight(tiny):
