@@ -18,6 +18,16 @@ from hagmoe_hf.training.parameters import freeze
 from hagmoe_hf.training.router_callback import RouterCallback
 
 
+def watched(model, folder) -> SentenceTransformerTrainer:
+    return SentenceTransformerTrainer(
+        model=model,
+        args=arguments(folder),
+        train_dataset=pairs(8),
+        loss=st_losses.MultipleNegativesRankingLoss(model),
+        callbacks=[RouterCallback()],
+    )
+
+
 def test_everything_worth_watching_is_logged(tiny, tmp_path):
     """Through the trainer's own log, so that every reporting tool gets it."""
     seen: list[dict] = []
@@ -105,20 +115,14 @@ def test_a_model_can_be_pickled_while_it_trains_and_after_an_interruption(tiny, 
 def test_a_layer_that_is_not_counted_is_not_said_to_be_even(tiny, tmp_path):
     """No gradient reaches a frozen beginning, so nothing is counted there: 0 tokens look like perfect balance."""
     freeze(tiny[0].model, ["embeddings.*", "layers.0.*"])
-    trainer = SentenceTransformerTrainer(
-        model=tiny,
-        args=arguments(tmp_path),
-        train_dataset=pairs(8),
-        loss=st_losses.MultipleNegativesRankingLoss(tiny),
-        callbacks=[RouterCallback()],
-    )
+    trainer = watched(tiny, tmp_path)
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "router/aux_loss" in entry)
     assert "router/layer2/load_entropy" in entry
     assert "router/layer0/load_entropy" not in entry
 
 
-def test_a_mixture_of_remote_code_is_told_what_to_do(tiny):
+def test_a_mixture_of_remote_code_is_told_what_to_do():
     """Its classes are another module's, and look to us like a dense model's."""
     copy = type("HagMoeSparseMLP", (torch.nn.Linear,), {})(2, 2)
     with pytest.raises(ValueError, match="after `import hagmoe_hf`, without trust_remote_code"):
@@ -147,12 +151,6 @@ def test_a_negative_argument_is_refused_by_name(argument):
 
 def test_a_dense_model_is_refused(real_parent, tmp_path):
     """The callback would watch nothing and say nothing."""
-    trainer = SentenceTransformerTrainer(
-        model=real_parent,
-        args=arguments(tmp_path),
-        train_dataset=pairs(8),
-        loss=st_losses.MultipleNegativesRankingLoss(real_parent),
-        callbacks=[RouterCallback()],
-    )
+    trainer = watched(real_parent, tmp_path)
     with pytest.raises(ValueError, match="has no sparse layer; allowed: a HAG-MoE"):
         trainer.train()

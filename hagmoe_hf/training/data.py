@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import PreTrainedConfig
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 STATED = ("lang", "license")  # columns of which the report says how many rows have which value, where they are there
@@ -129,17 +128,17 @@ def _counts(values: Iterable[Any]) -> dict[str, int]:
     return dict(Counter(text or NOT_STATED for text in texts).most_common())
 
 
-def text_length(wanted: int | None, config: PreTrainedConfig) -> int:
+def text_length(wanted: int | None, config: Any) -> int:
     """Longest text in tokens to train on: as wanted, or as long as the model has positions for.
 
     Args:
         wanted: The option `max_length`.
-        config: Of the model; RoBERTa's kind has fewer positions for texts than `max_position_embeddings` says.
+        config: The model's `HagMoeConfig`; RoBERTa's kind has fewer positions for texts than `max_position_embeddings` says.
 
     Raises:
         ValueError: Too few tokens for a text, or more than the model has positions for.
     """
-    longest = getattr(config, "max_text_length", None) or config.max_position_embeddings
+    longest = config.max_text_length or config.max_position_embeddings
     if wanted is not None and not 3 <= wanted <= longest:
         raise ValueError(f"max_length={wanted} is not possible; allowed: 3 to {longest}.")
     return wanted or longest
