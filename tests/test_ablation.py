@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ablation import inputs, loop, results, run, scoring
+from ablation import budgets, inputs, loop, report, results, run, scoring
 from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
 from ablation.budgets import Budget
 from ablation.loop import Contrastive, Setting
@@ -413,6 +413,37 @@ def test_kept_runs_are_scored_later(prepared, pairs, dev, tmp_path, monkeypatch)
     assert set(json.loads(file.read_text())["kit"]) == {"sts.wordsim353", "retrieval.arxiv_tags"}
 
 
+def test_a_budget_that_follows_goes_on_where_the_other_ended(prepared, tmp_path, monkeypatch):
+    """The same weights and gates, other batches, and a curve over both."""
+    first = dataclasses.replace(TINY_BUDGET, seeds=(0,))
+    then = dataclasses.replace(first, name="tiny-2", follows="tiny")
+    monkeypatch.setattr(budgets, "BUDGETS", {"tiny": first, "tiny-2": then})
+    monkeypatch.setattr(report, "BUDGETS", {"tiny": first, "tiny-2": then})
+    monkeypatch.setattr(report, "TABLES", {1: (DENSE, fitted(CALIBRATED))})
+    arms, folder = report.TABLES[1], tmp_path / "results"
+    drawn = []
+    monkeypatch.setattr(loop, "plan", lambda *args: drawn.append(inputs.plan(*args)) or drawn[-1])
+
+    def run_all(budget):
+        return run.run_table(arms, budget, prepared, folder, tmp_path / "work", 9, "cpu", "x", kit=False, keep=True)
+
+    with pytest.raises(FileNotFoundError, match=r"tiny.*--keep"):
+        run_all(then)
+    assert run_all(first)
+    assert run_all(then)
+    assert not any(np.array_equal(one, other) for one, other in zip(drawn[0], drawn[2], strict=True))
+    for name, result in results.read_results(folder / "tiny-2").items():
+        earlier = json.loads((folder / "tiny" / f"{name}.json").read_text())
+        assert result["curve"][0]["dev_mrr"] == earlier["curve"][-1]["dev_mrr"]
+        assert result["curve"][0]["routing"] == earlier["curve"][-1]["routing"]
+        assert [point["pairs"] for point in result["curve"]] == [48, 72, 96]
+    report.write_reports(folder)
+    text = (folder / "tiny-2/table1.md").read_text()
+    assert "8 steps of 6 pairs, at most 16 tokens, after those of `tiny`" in text
+    done, before = (results.read_results(folder / name) for name in ("tiny-2", "tiny"))
+    assert [pairs for pairs, _ in report.whole_curve(arms[1], then, done, before)] == [24, 48, 72, 96]
+
+
 def test_a_run_whose_vectors_could_not_be_written_is_not_done(prepared, tmp_path, monkeypatch):
     """Its checkpoint goes when its result comes: a result without vectors would never be scored."""
 
@@ -496,14 +527,14 @@ def test_tables_pair_runs_by_seed(tmp_path):
     pairs_seen, gain = zip(*curve_gains(hag, dense), strict=True)
     assert pairs_seen == (75 * 48, 150 * 48)
     assert gain == pytest.approx((1.05, 2.1))
-    text = table(1, [DENSE, HAG], budget, done)
+    text = table(1, [DENSE, HAG], budget, done, {})
     row = next(line for line in text.splitlines() if line.startswith("| hag "))
     assert row.count("+2.10 ± 0.10") == 2
     assert row.endswith("**yes** |")
     assert kit_parts(done[results.run_name(HAG, 1e-4, 0)]) == {"sts.words": 52.0, "language en": 52.0}
     assert str(difference([1.0])) == "+1.00"
     done[results.run_name(HAG, 1e-4, 0)]["kit"] = None
-    row = next(line for line in table(1, [DENSE, HAG], budget, done).splitlines() if line.startswith("| hag "))
+    row = next(line for line in table(1, [DENSE, HAG], budget, done, {}).splitlines() if line.startswith("| hag "))
     assert "+2.15 ± 0.07 (2 of 3 seeds)" in row, "a run without kit scores must not hide the others'"
     assert row.endswith("2 of 3 seeds: no verdict |")
 

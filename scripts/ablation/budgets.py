@@ -20,6 +20,8 @@ class Budget:
         temperature: T of the domains' weights n^(1/T).
         calibration_texts: Of every domain, where gates start from texts.
         bfloat16: Whether training computes under bfloat16 autocast; evaluation is float32 in any case.
+        follows: Name of the budget whose kept runs this one goes on from, with other batches and a new optimizer; "" where
+            a run starts from the parent.
     """
 
     name: str
@@ -34,6 +36,15 @@ class Budget:
     temperature: float = 2.0
     calibration_texts: int = 100
     bfloat16: bool = False
+    follows: str = ""
+
+    @property
+    def pairs_before(self) -> int:
+        """Pairs that a run has seen before its first step."""
+        if not self.follows:
+            return 0
+        before = BUDGETS[self.follows]
+        return before.pairs_before + before.steps * before.batch_size
 
 
 BUDGETS = {
@@ -45,6 +56,8 @@ BUDGETS = {
         Budget("small", 300, 64, 32, (1e-4, 3e-4), (0, 1, 2), 100, 3, bfloat16=True),
         # The same, five times as long: does capacity pay later?
         Budget("medium", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True),
+        # And as long again, from where those runs ended: what is the trend?
+        Budget("medium-2", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True, follows="medium"),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

@@ -7,12 +7,13 @@ and upcycling are the package's own; the loss is tested equal to MultipleNegativ
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,6 +90,7 @@ class Setting:
         seed: Of data order, new weights and dropout.
         inputs: Folder that `prepare` made.
         device: Like "cpu" or "cuda".
+        start: Kept weights of a run that this one follows; None where it starts from the parent.
     """
 
     arm: Arm
@@ -97,11 +99,12 @@ class Setting:
     seed: int
     inputs: Path
     device: str
+    start: Path | None = None
 
     @property
     def upcycling_step(self) -> int:
         """The step before which the model is dense; 0 where it is what it is from the start."""
-        return round(self.arm.dense_share * self.budget.steps)
+        return 0 if self.start else round(self.arm.dense_share * self.budget.steps)
 
 
 class Trainee:
@@ -208,7 +211,8 @@ def train(
     """
     budget = setting.budget
     run, trainee, losses = _begin(setting, texts, folder)
-    steps = plan(pairs, budget, setting.seed, setting.arm.mixed_batches)
+    # What follows draws other batches than what came before
+    steps = plan(pairs, budget, setting.seed + budget.pairs_before, setting.arm.mixed_batches)
     points = {round(part * budget.steps / budget.evaluations) for part in range(budget.evaluations + 1)}
     label = f"{setting.arm.name} {setting.learning_rate:g} seed {setting.seed}"
     saved = started = clock()
@@ -244,14 +248,18 @@ def _point(step: int, setting: Setting, model: SentenceTransformer, dev: Pairs, 
     model.eval()
     mrr, routing = dev_scores(model, dev)
     loss = float(torch.stack(losses).mean()) if losses else None
-    return {"step": step, "pairs": step * setting.budget.batch_size, "loss": loss, "dev_mrr": mrr, "routing": routing}
+    pairs = setting.budget.pairs_before + step * setting.budget.batch_size
+    return {"step": step, "pairs": pairs, "loss": loss, "dev_mrr": mrr, "routing": routing}
 
 
 def _begin(setting: Setting, texts: list[str], folder: Path) -> tuple[Run, Trainee, list[Tensor]]:
     path = folder / "checkpoint.pt"
+    arm = replace(setting.arm, dense_share=0.0, calibrated=False) if setting.start else setting.arm
     torch.manual_seed(setting.seed)
-    model = build(setting.arm, setting.inputs / "parent", texts, setting.seed, setting.device)
+    model = build(arm, setting.inputs / "parent", texts, setting.seed, setting.device)
     if not path.is_file():
+        if setting.start is not None:
+            model.load_state_dict(load_file(setting.start))
         torch.manual_seed(setting.seed)  # the same dropout for every arm, however many weights it drew
         return Run(), Trainee(setting, model, texts), []
     saved = torch.load(path, map_location=setting.device, weights_only=True)

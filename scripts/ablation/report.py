@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ablation.arms import TABLES, Arm
+from ablation.arms import DENSE, TABLES, Arm
 from ablation.budgets import BUDGETS, Budget
 from ablation.plots import gain_curves, group_bars
 from ablation.results import best_rate, macro, read_results, run_name
 
-BASELINE = "dense"
+BASELINE = DENSE.name
 # The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
 LEAST_GAIN, DEVIATIONS, LARGEST_LOSS = 1.0, 2.0, 0.5
 HEADINGS = (
@@ -100,15 +100,17 @@ def write_reports(results: Path) -> list[Path]:
     """Write tableN.md and its pictures into the folder of every budget that has results; returns the tables."""
     written = []
     for budget in BUDGETS.values():
-        done = read_results(results / budget.name)
+        done, before = read_results(results / budget.name), {}
+        if budget.follows:
+            before = read_results(results / budget.follows)
         for number, arms in TABLES.items():
             begun = [arm for arm in arms if run_name(arm, budget.learning_rates[0], budget.seeds[0]) in done]
             if len(begun) > 1 and begun[0].name == BASELINE:
                 path = results / budget.name / f"table{number}.md"
                 partial = path.with_suffix(".partial")
-                partial.write_text(table(number, begun, budget, done), encoding="utf-8")
+                partial.write_text(table(number, begun, budget, done, before), encoding="utf-8")
                 os.replace(partial, path)
-                _pictures(path, begun, budget, done)
+                _pictures(path, begun, budget, done, before)
                 written.append(path)
     return written
 
@@ -153,13 +155,24 @@ def curve_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> list[tuple[
     ]
 
 
-def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict]) -> str:
-    """Markdown of one table."""
+def whole_curve(arm: Arm, budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> list[tuple[int, float]]:
+    """`curve_gains` of an arm over `BASELINE`, from the first pairs on, also where the runs go on from those of `before`."""
+    runs, earlier = runs_of(arm, budget, done), []
+    if before:
+        first = runs_of(arm, BUDGETS[budget.follows], before)
+        runs_before = {seed: run for seed, run in first.items() if seed in runs}
+        earlier = curve_gains(runs_before, runs_of(DENSE, BUDGETS[budget.follows], before))
+    return earlier + curve_gains(runs, runs_of(DENSE, budget, done))
+
+
+def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> str:
+    """Markdown of one table; `before` are the results that those of this budget go on from."""
     baseline = runs_of(arms[0], budget, done)
     lines = [
         f"# Table {number}, budget {budget.name}",
         "",
-        f"{budget.steps} steps of {budget.batch_size} pairs, at most {budget.max_length} tokens; rates tried: "
+        f"{budget.steps} steps of {budget.batch_size} pairs, at most {budget.max_length} tokens"
+        f"{f', after those of `{budget.follows}`' if budget.follows else ''}; rates tried: "
         f"{', '.join(f'{rate:g}' for rate in budget.learning_rates)}. Differences are to `{BASELINE}`, paired by seed, mean "
         "± standard deviation over seeds, in points of 0 to 100. Held-out MRR ranks a pair's positive among its domain's; "
         "the kit never chose anything. Made by `python scripts/ablation.py --report`.",
@@ -168,7 +181,8 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict]) -
         "|---" * len(HEADINGS) + "|",
     ]
     for arm in arms:
-        lines.append(_row(arm, runs_of(arm, budget, done), baseline, budget))
+        cross = None if arm.name == BASELINE else crossover(whole_curve(arm, budget, done, before))
+        lines.append(_row(arm, runs_of(arm, budget, done), baseline, budget, cross))
     lines += ["", *(f"- **{arm.name}**: {arm.about}." for arm in arms), "", *_domains(arms, baseline, budget, done), ""]
     some = next(iter(baseline.values()))
     versions = ", ".join(f"{name} {number}" for name, number in some["versions"].items())
@@ -176,7 +190,7 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict]) -
     return "\n".join(lines) + "\n"
 
 
-def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Budget) -> str:
+def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Budget, cross: int | None) -> str:
     some = next(iter(runs.values()))
     is_baseline = arm.name == BASELINE
     held_out = np.mean([macro(run["curve"][-1]["dev_mrr"]) for run in runs.values()])
@@ -188,7 +202,6 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         names = dict.fromkeys(name for run in runs.values() for name in kit_parts(run))
         parts = {name: gains(runs, baseline, lambda run, n=name: kit_parts(run).get(n)) for name in names}
     scored = [value for value in map(kit_macro, runs.values()) if value is not None]
-    cross = None if is_baseline or dev is None else crossover(curve_gains(runs, baseline))
     routing = some["curve"][-1]["routing"].values()
     cells = [
         arm.name,
@@ -232,7 +245,7 @@ def _domains(arms: list[Arm], baseline: dict[int, dict], budget: Budget, done: d
     lines = [
         "## Held-out MRR by domain",
         "",
-        f"| domain | parent | {BASELINE} | " + " | ".join(arm.name for arm in others) + " |",
+        f"| {' | '.join(['domain', 'start', BASELINE, *(arm.name for arm in others)])} |",
         "|---" * (len(others) + 3) + "|",
     ]
     for domain in first:
@@ -242,11 +255,11 @@ def _domains(arms: list[Arm], baseline: dict[int, dict], budget: Budget, done: d
     return lines
 
 
-def _pictures(path: Path, arms: list[Arm], budget: Budget, done: dict[str, dict]) -> None:
+def _pictures(path: Path, arms: list[Arm], budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> None:
     baseline = runs_of(arms[0], budget, done)
     others = {arm.name: runs_of(arm, budget, done) for arm in arms if arm.name != BASELINE}
     others = {name: runs for name, runs in others.items() if any(seed in baseline for seed in runs)}
-    curves = {name: curve_gains(runs, baseline) for name, runs in others.items()}
+    curves = {arm.name: whole_curve(arm, budget, done, before) for arm in arms if arm.name in others}
     crossovers = {name: crossover(points) for name, points in curves.items()}
     gain_curves(curves, crossovers, f"Table {path.stem[5:]}, {budget.name}", path.with_suffix(".png"))
     bars = {name: {d: gain.mean for d, gain in domain_gains(runs, baseline).items()} for name, runs in others.items()}

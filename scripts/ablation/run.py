@@ -78,10 +78,11 @@ def run_table(
                 scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
     while time.monotonic() < deadline and (todo := due(arms, budget, read_results(folder))):
         arm, rate, seed = todo[0]
-        setting = Setting(arm, budget, rate, seed, inputs, device)
+        name = run_name(arm, rate, seed)
+        start = kept_weights(work, budget.follows, name) if budget.follows else None
+        setting = Setting(arm, budget, rate, seed, inputs, device, start)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        name = run_name(arm, rate, seed)
         own = work / budget.name / name
         finished = loop.train(setting, pairs, dev, texts, own, deadline)
         if finished is None:
@@ -112,16 +113,26 @@ def keep_weights(folder: Path, model: SentenceTransformer) -> None:
     os.replace(partial, folder / KEPT_WEIGHTS)
 
 
+def kept_weights(work: Path, budget: str, name: str) -> Path:
+    """Where the trained weights of a run lie.
+
+    Raises:
+        FileNotFoundError: They were not kept.
+    """
+    path = work / budget / name / KEPT_WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; allowed: runs that were made with --keep.")
+    return path
+
+
 def kept_model(result: dict, work: Path, inputs: Path) -> SentenceTransformer:
     """The trained model of a result, made again from its kept weights.
 
     Raises:
         FileNotFoundError: They were not kept.
     """
-    arm = Arm(**result["arm"])
-    path = work / result["budget"]["name"] / run_name(arm, result["learning_rate"], result["seed"]) / KEPT_WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; allowed: runs that were made with --keep.")
+    name = run_name(Arm(**result["arm"]), result["learning_rate"], result["seed"])
+    path = kept_weights(work, result["budget"]["name"], name)
     model = _untrained(result, inputs)
     model.load_state_dict(load_file(path))
     return model.eval()
