@@ -10,10 +10,8 @@ the linear functional that is 1 at `m` and varies least over the texts, so `k . 
 Axes:  N texts or tokens   D hidden_size   G groups   R experts per group   E = G*R experts   C clusters
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -63,26 +61,6 @@ class Calibration:
     def __str__(self) -> str:
         shares = ", ".join(f"{start.largest_group:.2f}x in layer {start.layer}" for start in self.layers)
         return f"gates started from {self.texts} texts; largest group against the mean one: {shares}"
-
-
-def read_texts(path: str | os.PathLike) -> list[str]:
-    """The lines of a UTF-8 file that hold a text.
-
-    Args:
-        path: A text file, one text per line.
-
-    Raises:
-        ValueError: The file is not UTF-8, or holds no text.
-        OSError: The file cannot be read.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); allowed: a UTF-8 file.") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise ValueError(f"{path} holds no text; allowed: one text per line.")
-    return texts
 
 
 @torch.no_grad()

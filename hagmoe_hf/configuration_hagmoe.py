@@ -2,7 +2,8 @@
 
 The shape switches cover the encoder families people run: BERT (the defaults), RoBERTa, ModernBERT and NomicBERT.
 
-This file travels to the Hub beside the weights, so it imports nothing but transformers.
+This file travels to the Hub beside the weights, so it imports nothing but transformers, and huggingface_hub, which
+transformers stands on.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all."""
+"""Folders and files that appear whole or not at all; files of one text a line."""
 
 import os
 import shutil
@@ -79,10 +79,29 @@ def write_figure(figure: Any, path: str | os.PathLike, dpi: int = 120) -> Path:
         dpi: Dots per inch.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    figure.savefig(partial, dpi=dpi)
-    os.replace(partial, path)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
     return path
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file that hold a text.
+
+    Args:
+        path: A text file, one text per line.
+
+    Raises:
+        ValueError: The file is not UTF-8, or holds no text.
+        OSError: The file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); allowed: a UTF-8 file.") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no text; allowed: one text per line.")
+    return texts
 
 
 def _refuse_existing(target: Path) -> None:

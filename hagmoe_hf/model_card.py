@@ -74,6 +74,9 @@ def published_card(card: str, repo_id: str, model_type: str | None) -> str:
         card = f"{card.rstrip()}\n\n## Load\n\n{usage}\n"
     without_package = usage.replace(REGISTERED, "")
     without_package = without_package.replace('of/this/model")', 'of/this/model", trust_remote_code=True)')
+    card = re.sub(
+        r"^## Load without hagmoe_hf\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL
+    )  # published before
     card = f"{card.rstrip()}\n\n## Load without hagmoe_hf\n\nThe code beside the weights needs `requirements.txt`.\n\n"
     card += f"{without_package}\n"
     for placeholder in PLACEHOLDERS:

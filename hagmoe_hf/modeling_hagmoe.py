@@ -1,7 +1,7 @@
 """Every module of a HAG-MoE: embeddings, attention, dense and sparse feed-forward blocks, the encoder, its heads.
 
 This file travels to the Hub beside the weights, so it imports nothing but torch, transformers (with the safetensors it
-always brings) and its two siblings.
+always brings) and its three siblings.
 transformers looks for `@use_experts_implementation` in the source of the model's own file: the experts must stay here.
 
 Axes:  B sequences   L tokens   D hidden_size   G groups   E experts   K experts per token   I moe_intermediate_size
@@ -580,10 +580,14 @@ class HagMoePreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """Load adapters as always, and the balancing biases that they were trained with."""
+        """Load adapters as always, and the balancing biases that they were trained with.
+
+        A model has one set of biases: with several adapters, those of the one that was loaded last.
+        """
         loaded = super().load_adapter(peft_model_id, *args, **kwargs)
         known = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-        where = {name: value for name, value in (kwargs.get("adapter_kwargs") or {}).items() if name in known}
+        given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+        where = {name: given[name] for name in known if name in given}
         path = peft_model_id and cached_file(
             peft_model_id, BALANCING_BIASES, _raise_exceptions_for_missing_entries=False, **where
         )
@@ -618,6 +622,19 @@ class HagMoePreTrainedModel(PreTrainedModel):
         if kwargs.get("output_router_logits", self.config.output_router_logits):
             kwargs["output_expert_index"] = True
         return self.model(*args, **kwargs)
+
+    def _head_output(self, kind: Callable, outputs: HagMoeModelOutput, loss: Tensor | None, **logits: Tensor) -> Any:
+        """A head's output of this kind; the load balance term, where there is one, is part of the loss."""
+        aux_loss = self._aux_loss(outputs)
+        return kind(
+            loss=loss if loss is None or aux_loss is None else loss + aux_loss,
+            **logits,
+            aux_loss=aux_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_index=outputs.expert_index,
+        )
 
     def _aux_loss(self, outputs: HagMoeModelOutput) -> Tensor | None:
         """The load balance term of this batch, meaned over sparse layers and scaled; None without router logits."""
@@ -658,7 +675,7 @@ class HagMoePreTrainedModel(PreTrainedModel):
             return super().push_to_hub(*args, **kwargs)
         finally:
             type(self)._auto_class = type(self.config)._auto_class = None
-            del self.config.auto_map
+            vars(self.config).pop("auto_map", None)  # it may have failed before there was one
             if had is not None:
                 self.config.auto_map = had
 
@@ -979,19 +996,30 @@ def _without_padding_ids(positions: Tensor, token_mask: Tensor | None, input_ids
     return (positions - is_padding.int().cumsum(dim=-1)).masked_fill(is_padding, -1)
 
 
-class HagMoeMaskedLMHead(nn.Module):
-    """A dense layer with activation and norm, then a decoder that shares the word embeddings' weights."""
+class HagMoeTransformHead(nn.Module):
+    """A dense layer, activation and norm before a decoder, or before a classifier as ModernBERT has them."""
 
     def __init__(self, config: HagMoeConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
         self.act_fn = ACT2FN[config.classifier_activation or config.hidden_act]
         self.norm = HagMoeLayerNorm(config)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.norm(self.act_fn(self.dense(states)))
+
+
+class HagMoeMaskedLMHead(HagMoeTransformHead):
+    """A dense layer with activation and norm, then a decoder that shares the word embeddings' weights."""
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, vocab_size)."""
-        return self.decoder(self.norm(self.act_fn(self.dense(hidden_states))))
+        return self.decoder(super().forward(hidden_states))
 
 
 class HagMoeForMaskedLM(HagMoePreTrainedModel):
@@ -1027,33 +1055,10 @@ class HagMoeForMaskedLM(HagMoePreTrainedModel):
         """Predict tokens; inputs as for [`HagMoeModel`], `labels` is (B, L) int64 with -100 where there is none."""
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
-        loss, aux_loss = None, self._aux_loss(outputs)
+        loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
-        return HagMoeMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            aux_loss=aux_loss,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_index=outputs.expert_index,
-        )
-
-
-class HagMoeTransformHead(nn.Module):
-    """A dense layer, activation and norm before a classifier, as ModernBERT has them."""
-
-    def __init__(self, config: HagMoeConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
-        self.act_fn = ACT2FN[config.classifier_activation or config.hidden_act]
-        self.norm = HagMoeLayerNorm(config)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.norm(self.act_fn(self.dense(states)))
+        return self._head_output(HagMoeMaskedLMOutput, outputs, loss, logits=logits)
 
 
 class HagMoeClassifierDropout(nn.Dropout):
@@ -1091,19 +1096,10 @@ class HagMoeForSequenceClassification(HagMoePreTrainedModel):
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         pooled = _pooled_for_classifier(self, outputs, attention_mask, position_ids, kwargs)
         logits = self.classifier(self.dropout(pooled))
-        loss, aux_loss = None, self._aux_loss(outputs)
+        loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
-        return HagMoeSequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            aux_loss=aux_loss,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_index=outputs.expert_index,
-        )
+        return self._head_output(HagMoeSequenceClassifierOutput, outputs, loss, logits=logits)
 
 
 class HagMoeForTokenClassification(HagMoePreTrainedModel):
@@ -1133,19 +1129,10 @@ class HagMoeForTokenClassification(HagMoePreTrainedModel):
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state if self.head is None else self.head(outputs.last_hidden_state)
         logits = self.classifier(self.dropout(states))
-        loss, aux_loss = None, self._aux_loss(outputs)
+        loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
-        return HagMoeTokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            aux_loss=aux_loss,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_index=outputs.expert_index,
-        )
+        return self._head_output(HagMoeTokenClassifierOutput, outputs, loss, logits=logits)
 
 
 class HagMoeForQuestionAnswering(HagMoePreTrainedModel):
@@ -1177,19 +1164,11 @@ class HagMoeForQuestionAnswering(HagMoePreTrainedModel):
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         states = outputs.last_hidden_state if self.head is None else self.head(outputs.last_hidden_state)
         start_logits, end_logits = self.qa_outputs(self.dropout(states)).unbind(dim=-1)
-        loss, aux_loss = None, self._aux_loss(outputs)
+        loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
-        return HagMoeQuestionAnsweringOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            aux_loss=aux_loss,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_index=outputs.expert_index,
+        return self._head_output(
+            HagMoeQuestionAnsweringOutput, outputs, loss, start_logits=start_logits, end_logits=end_logits
         )
 
 
@@ -1222,22 +1201,13 @@ class HagMoeForMultipleChoice(HagMoePreTrainedModel):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         flat_inputs = [None if tensor is None else tensor.flatten(0, 1) for tensor in inputs]
-        outputs = self.model(*flat_inputs, **kwargs)
+        outputs = self._encode(*flat_inputs, **kwargs)
         pooled = _pooled_for_classifier(self, outputs, flat_inputs[1], flat_inputs[3], kwargs)
         logits = self.classifier(self.dropout(pooled)).view(texts.shape[:2])
-        loss, aux_loss = None, self._aux_loss(outputs)
+        loss = None
         if labels is not None:
             loss = F.cross_entropy(logits, labels.to(logits.device))
-            loss = loss if aux_loss is None else loss + aux_loss
-        return HagMoeMultipleChoiceOutput(
-            loss=loss,
-            logits=logits,
-            aux_loss=aux_loss,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_index=outputs.expert_index,
-        )
+        return self._head_output(HagMoeMultipleChoiceOutput, outputs, loss, logits=logits)
 
 
 def _pooled_for_classifier(model, outputs: HagMoeModelOutput, attention_mask, position_ids, kwargs: dict) -> Tensor:

@@ -4,11 +4,13 @@ sentence-transformers is an optional dependency; nothing here imports it before 
 """
 
 import copy
+import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=BaseModel)
 
+_VOLATILE = ("_name_or_path", "transformers_version")  # config entries that say where a model is, not what it computes
 MODEL_TYPES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
 
 
@@ -103,6 +106,28 @@ def card_text(model: "BaseModel") -> str:
     return model._model_card_text or ""
 
 
+def fingerprint(model: "SentenceTransformer") -> str:
+    """SHA-256 (hex) of all that decides a model's vectors: weights, modules, settings, prompts, tokenizer.
+
+    Two folders with the same model share it; a changed weight, prompt or length changes it.
+
+    Args:
+        model: Any `SentenceTransformer`.
+    """
+    modules: list[Any] = list(model)
+    settings: list[Any] = [[type(module).__name__, module.get_config_dict()] for module in modules]
+    encoder = getattr(modules[0], "model", None)
+    if encoder is not None:
+        settings.append({key: value for key, value in encoder.config.to_dict().items() if key not in _VOLATILE})
+    settings += [model.max_seq_length, model.truncate_dim, model.similarity_fn_name]
+    settings += [model.prompts, model.default_prompt_name, _tokenizer_settings(model.tokenizer)]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _checked_type(name_or_path: str, allowed: tuple[str, ...]) -> str:
     config = _saved_json(name_or_path, "config_sentence_transformers.json") or {}
     model_type = config.get("model_type", MODEL_TYPES[0])  # older ones do not say, and there was no other
@@ -112,6 +137,14 @@ def _checked_type(name_or_path: str, allowed: tuple[str, ...]) -> str:
             f"allowed: {', '.join(allowed)}."
         )
     return model_type
+
+
+def _tokenizer_settings(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    settings = json.loads(backend.to_str())
+    return {key: value for key, value in settings.items() if key not in ("truncation", "padding")}  # change with every call
 
 
 def _saved_json(name_or_path: str, file: str) -> Any:

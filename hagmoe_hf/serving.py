@@ -30,6 +30,7 @@ try:
     from fastapi.responses import JSONResponse, Response
     from prometheus_client import multiprocess
     from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError("The server needs fastapi, uvicorn and prometheus_client: pip install hagmoe_hf[serve]") from error
@@ -54,7 +55,10 @@ class Settings:
         request_bytes: Of a request's body, at most.
         texts: Of a request, at most.
         characters: Of a text, at most. A shorter text of too many tokens is cut, as `encode` does.
-        waiting: Texts that are accepted and not answered yet, at most.
+        waiting: Texts that are accepted and not answered yet, at most; nor does a request have more.
+
+    Raises:
+        ValueError: A limit under 1.
     """
 
     model: str
@@ -65,6 +69,11 @@ class Settings:
     texts: int = 256
     characters: int = 20_000
     waiting: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("batch_texts", "request_bytes", "texts", "characters", "waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible; allowed: at least 1.")
 
 
 class RefusedError(Exception):
@@ -148,6 +157,8 @@ class Batcher:
             return list(await asyncio.gather(*(future for _, future in jobs)))
         finally:
             self.waiting -= len(jobs)
+            for _, future in jobs:  # where one has failed, or the client has gone, the others need not be encoded
+                future.cancel()
 
     async def run(self) -> None:
         """Encode whatever waits, until cancelled."""
@@ -260,6 +271,14 @@ def create_app(model: "SentenceTransformer", settings: Settings) -> FastAPI:
         shown.seconds.observe(time.perf_counter() - start)
         return response
 
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        """A path or method that does not exist, in the shape of all other errors."""
+        message = (
+            f"{request.method} {request.url.path}: {error.detail}; allowed: {', '.join(sorted(app.openapi()['paths']))}."
+        )
+        return RefusedError(error.status_code, "no_such_path", message).response()
+
     @app.get("/v1/models")
     async def models() -> dict:
         """The one model that is served."""
@@ -341,10 +360,9 @@ def parse(body: bytes, settings: Settings, dimension: int) -> EmbeddingRequest:
     if wanted.dimensions not in (None, dimension, *settings.dimensions):
         allowed = sorted({dimension, *settings.dimensions})
         raise RefusedError(422, "wrong_field", f"dimensions={wanted.dimensions} is not possible; allowed: {allowed}.")
-    if len(wanted.input) > settings.texts:
-        raise RefusedError(
-            413, "too_many_texts", f"input has {len(wanted.input)} texts; allowed: {settings.texts} a request."
-        )
+    most = min(settings.texts, settings.waiting)
+    if len(wanted.input) > most:
+        raise RefusedError(413, "too_many_texts", f"input has {len(wanted.input)} texts; allowed: {most} a request.")
     longest = max(map(len, wanted.input))
     if longest > settings.characters:
         raise RefusedError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -148,6 +149,8 @@ def upcycle(
         ValueError: A family, head, layer, width or option that cannot be upcycled, weights that are not finite, calibration
             texts that are none or too few, or such texts for a model that comes without its tokenizer.
         TypeError: `parent` is none of the above.
+        OSError: `parent` names no model.
+        ImportError: `parent` was saved by sentence-transformers, which is missing.
 
     Source: sparse upcycling, arXiv 2212.05055; shared experts, arXiv 2401.06066.
     """
@@ -169,8 +172,10 @@ def upcycle(
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
         return mixture
 
-    given = parent
     if isinstance(parent, str | os.PathLike):
+        parent = os.path.expanduser(os.fspath(parent))
+    given = parent
+    if isinstance(parent, str):
         parent = load_parent(parent, allow_key_mismatch)
         given = parent if sentence.is_sentence_model(parent) else given
     if isinstance(parent, PreTrainedModel):
@@ -190,14 +195,13 @@ def _text_list(texts: Iterable[str]) -> list[str]:
 
 
 def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
-    """How the texts of a parent are tokenized: by its own tokenizer, up to its own longest text."""
+    """How the texts of a parent are tokenized: by its own tokenizer, up to `CALIBRATION_LENGTH` tokens."""
     if isinstance(given, PreTrainedModel):
         raise ValueError(
             f"calibration_texts with a {type(given).__name__}, which comes without its tokenizer; allowed: a path or Hub "
             f"id, or a {', '.join(sentence.MODEL_TYPES)}."
         )
-    is_path = isinstance(given, str | os.PathLike)
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(given)) if is_path else given.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(given) if isinstance(given, str) else given.tokenizer
     longest = min(CALIBRATION_LENGTH, mixture.config.max_text_length or CALIBRATION_LENGTH)
     return lambda texts: tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
@@ -348,21 +352,24 @@ def _mixture_config(
     fields |= family.settings(parent.config)
     fields["attn_implementation"] = parent.config._attn_implementation
     shared_width = _shared_width(parent.config.intermediate_size, shared_expert_fraction)
-    return HagMoeConfig(
-        **fields,
-        **options,
-        has_pooler=any("pooler." in key for key in parent.state_dict()),
-        mlp_layer_types=_mlp_layer_types(parent.config.num_hidden_layers, sparse_layers),
-        shared_expert_intermediate_size=shared_width,
-        moe_intermediate_size=parent.config.intermediate_size - shared_width,
-    )
+    try:
+        return HagMoeConfig(
+            **fields,
+            **options,
+            has_pooler=any("pooler." in key for key in parent.state_dict()),
+            mlp_layer_types=_mlp_layer_types(parent.config.num_hidden_layers, sparse_layers),
+            shared_expert_intermediate_size=shared_width,
+            moe_intermediate_size=parent.config.intermediate_size - shared_width,
+        )
+    except StrictDataclassError as error:  # which is no ValueError, but around one
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Iterable[int] | None) -> list[str]:
     if sparse_layers is None:
         return default_mlp_layer_types(num_hidden_layers)
     layers = [] if isinstance(sparse_layers, str) or not isinstance(sparse_layers, Iterable) else list(sparse_layers)
-    if not layers or not all(isinstance(layer, int) for layer in layers):
+    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise ValueError(f"sparse_layers={sparse_layers!r} is not possible; allowed: a list of layer numbers, or None.")
     out_of_range = [layer for layer in layers if not -num_hidden_layers <= layer < num_hidden_layers]
     if out_of_range:

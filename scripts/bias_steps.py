@@ -10,7 +10,6 @@ which cannot reach 0, since a batch is a small sample of texts.
 
 import argparse
 import json
-import os
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from hagmoe_hf import upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
+from hagmoe_hf.files import write_text
 from hagmoe_hf.modeling_hagmoe import HagMoeRouter
 from hagmoe_hf.routing_hagmoe import attention_pool, route
 from hagmoe_hf.training.balance import BiasSteps, bias_step
@@ -115,10 +115,7 @@ def main() -> None:
                     result = simulate(router, states, mask, gate_size, push, batch_size, rule, rate)
                     rows.append({"start": start, "texts_per_step": batch_size, "rule": name, "layer": layer, **result})
     result = {"command": f"python scripts/bias_steps.py {output}", "date": date.today().isoformat(), "rows": rows}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, json.dumps(result, indent=1) + "\n")
     for row in rows:
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
 

@@ -8,10 +8,11 @@ taken, so that the corpus never overlaps with training data, and only texts whos
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
+
+from hagmoe_hf.files import write_text
 
 PERMISSIVE = {"WordNet-3.0", "BSD-3", "Apache-2.0", "MIT", "PSF-2.0", "CC-BY-4.0", "PostgreSQL", "public-domain"}
 SHORTEST, LONGEST = 12, 1500  # characters
@@ -36,11 +37,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     corpus = choose(pd.read_parquet(args.pairs), args.per_domain, args.seed)
-    partial = args.output.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in corpus.to_dict("records"):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, args.output)
+    rows = corpus.to_dict("records")
+    write_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(corpus)} texts: {corpus.groupby('domain').size().to_dict()}")
 
 

@@ -9,7 +9,6 @@ their name, and every pair that still repeats a text of the kit, or a quarter of
 """
 
 import argparse
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from corpora.text import normalise, squeeze, unit_hash
 
 from hagmoe_hf.evaluation.decontamination import KitTexts, is_contaminated, kit_texts
 from hagmoe_hf.evaluation.kit import find_sets
+from hagmoe_hf.files import new_file
 
 BITEXT = ("software-bitext", "ui-bitext")  # the same translation may belong to several texts
 MOST_MESSAGES = 2000  # ui-bitext, per language
@@ -96,9 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [generator for generator in pairs.ALL if generator.__name__ in args.only]
     frame = table(collect(chosen, Sources(args.sources), kit_texts(find_sets(args.kit))))
-    partial = args.output.with_suffix(".partial")
-    frame.to_parquet(partial, compression="zstd", index=False)
-    os.replace(partial, args.output)
+    with new_file(args.output) as partial:
+        frame.to_parquet(partial, compression="zstd", index=False)
     print(f"{len(frame)} pairs: {frame.groupby('domain').size().to_dict()}")
 
 

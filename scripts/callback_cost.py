@@ -8,7 +8,6 @@ result is the median ratio of neighbouring blocks with its quartiles: noise of t
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from hagmoe_hf import upcycle
 from hagmoe_hf.demo import parent_folder
+from hagmoe_hf.files import write_text
 from hagmoe_hf.training.router_callback import RouterCallback
 
 BLOCK, BLOCKS, LOGGING_STEPS = 10, 20, 10
@@ -104,10 +104,7 @@ def main() -> None:
         "seconds_per_step_without": statistics.median(measured[::2]) / BLOCK,
         "ratios": ratios,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, args.output)
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "ratios"}, indent=1))
 
 

@@ -8,7 +8,6 @@ the bundled corpus, and writes the largest absolute difference of the sentence v
 
 import argparse
 import json
-import os
 import platform
 from datetime import date
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from hagmoe_hf import upcycle
 from hagmoe_hf.demo import LARGEST_DIFFERENCE, parent_folder, read_corpus
+from hagmoe_hf.files import write_text
 
 MODES = {
     "default: groups by sequence, 2 sparse layers": {},
@@ -85,10 +85,7 @@ def main() -> None:
         "bound": LARGEST_DIFFERENCE,
         "modes": rows,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

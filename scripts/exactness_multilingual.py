@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from hagmoe_hf import upcycle
+from hagmoe_hf.files import write_text
 
 FOLDER = Path(__file__).parents[1] / "build/multilingual-e5-small"
 BOUND = 5e-6
@@ -221,10 +222,7 @@ def main() -> None:
         "bound": BOUND,
         "largest_difference": rows,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

@@ -11,7 +11,6 @@ A B A B, in one process.
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -28,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 from hagmoe_hf import upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
 from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, LARGEST_DIFFERENCE, export, load
+from hagmoe_hf.files import write_text
 
 NOISE = 0.1  # of a weight's standard deviation, added to each expert
 PACKAGES = ("torch", "transformers", "sentence-transformers", "onnx", "onnxscript", "onnxruntime")
@@ -139,10 +139,7 @@ def main() -> None:
         texts = read_texts(arguments.speed, arguments.limit)
         result["speed"] = {"command": command.replace(str(arguments.speed), arguments.speed.name)}
         result["speed"] |= {"date": date.today().isoformat()} | speed(folder, texts, arguments.rounds, arguments.threads)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, arguments.output)
+    write_text(arguments.output, json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: result.get(key) for key in ("kit", "speed")}, indent=2))
 
 

@@ -64,8 +64,8 @@ def quality() -> str:
     worse = sum(one["high"] < 0 for one in differences.values())
     rows.append(
         f"\nBeyond its interval better on {better} sets, worse on {worse}. Trained by `hagmoe train --config "
-        f"docs/results/first-run.yaml` and scored by `{result['command']}` on {result['date'][:10]}; intervals are a paired "
-        "bootstrap over queries and items."
+        f"docs/results/first-run.yaml --model all-MiniLM-L6-v2 --output_dir run` and scored by `{result['command']}` on "
+        f"{result['date'][:10]}; intervals are a paired bootstrap over queries and items."
     )
     return "\n".join(rows)
 

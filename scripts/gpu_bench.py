@@ -30,6 +30,7 @@ from hagmoe_hf.benchmark.contestants import nomic_design
 from hagmoe_hf.benchmark.measure import interleave, speed_ratios, spread
 from hagmoe_hf.benchmark.workloads import query_of, shuffled
 from hagmoe_hf.demo import parent_folder, read_corpus
+from hagmoe_hf.files import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES, ROUNDS = (32, 128, 512), 20
@@ -168,9 +169,7 @@ def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], 
 
 def write(path: Path, result: dict) -> None:
     """Replace `path` at once."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ hash of the model's code, by which `fill_readme_tables.py` tells when it is stal
 
 import argparse
 import json
-import os
 import tempfile
 from datetime import date
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel, PreTrained
 
 from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
+from hagmoe_hf.files import write_text
 
 ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 TEXTS = 64
@@ -109,10 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     command = f"python scripts/gpu_checks.py {args.output} --device {args.device}"
     result = check(str(args.parent or parent_folder()), args.device, command)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, args.output)
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

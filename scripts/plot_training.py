@@ -8,10 +8,10 @@ NAME.png and NAME.json.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from hagmoe_hf.analysis.plots import training_curves
+from hagmoe_hf.files import write_text
 
 
 def main() -> None:
@@ -26,9 +26,7 @@ def main() -> None:
     log = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
     args.name.parent.mkdir(parents=True, exist_ok=True)
     training_curves(log, args.name.with_suffix(".png"))
-    partial = args.name.with_suffix(".partial")
-    partial.write_text(json.dumps(log, indent=0) + "\n", encoding="utf-8")
-    os.replace(partial, args.name.with_suffix(".json"))
+    write_text(args.name.with_suffix(".json"), json.dumps(log, indent=0) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Follow README.md and the quick start literally, in a fresh clone, and write down how long each block takes.
+"""Follow README.md and the quick start literally, each in a fresh clone, and write down how long each block takes.
 
     python scripts/time_commands.py build/fresh docs/results/command-times.json                     # all, in order
     python scripts/time_commands.py build/fresh docs/results/command-times.json --only "make test"  # one of them
+    python scripts/time_commands.py build/fresh docs/results/command-times.json --page docs/quickstart.md
 
-FOLDER is cloned from this repository where it does not exist, at the commit that is checked out here. Each block is a step,
-the Python of a page is one session, and a step's time is in the file as soon as it has ended; those of other steps stay.
-Blocks that need a GPU, the Hub or much time are marked so in the page, and left out. For PARENT in a page, the folder has a
-link of that name to the packaged all-MiniLM-L6-v2.
+FOLDER gets a clone of this repository for each page where it has none, at the commit that is checked out here. Each block
+is a step, the Python of a page is one session, and a step's time is in the file as soon as it has ended; those of other
+steps stay. Blocks that need a GPU, the Hub or much time are marked so in the page, and left out. For PARENT in a page, a
+clone has a link of that name to the packaged all-MiniLM-L6-v2.
 """
 
 import argparse
@@ -96,6 +97,15 @@ class Reader:
             self.session.communicate()
 
 
+def clone_for(page: str, folder: Path) -> Path:
+    """The clone that a page is followed in, made where it is missing: another page's would be half installed already."""
+    clone = folder / Path(page).stem
+    if not clone.exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        (clone / "PARENT").symlink_to(parent_folder())
+    return clone
+
+
 def git(*words: str) -> str:
     """What git says about this repository."""
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -104,20 +114,19 @@ def git(*words: str) -> str:
 def main() -> None:
     """Clone, follow the pages, write the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of the fresh clone; used as it is where it exists")
+    parser.add_argument("folder", type=Path, help="of the fresh clones; one that exists is used as it is")
     parser.add_argument("out", type=Path, help="JSON file that receives the times")
     parser.add_argument("--only", help="steps with this in their name; a page's Python goes together: Python")
+    parser.add_argument("--page", choices=PAGES, help="follow this one alone")
     args = parser.parse_args()
-    todo = [(page, block) for page in PAGES for block in steps(page) if (args.only or "") in name_of(block)]
+    pages = [args.page] if args.page else PAGES
+    todo = [(page, block) for page in pages for block in steps(page) if (args.only or "") in name_of(block)]
     if not todo:
         raise SystemExit(
-            f"--only {args.only!r} is no step; allowed: a part of {[name_of(b) for p in PAGES for b in steps(p)]}"
+            f"--only {args.only!r} is no step; allowed: a part of {[name_of(b) for p in pages for b in steps(p)]}"
         )
-    if not args.folder.exists():
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(args.folder)], check=True)
-        (args.folder / "PARENT").symlink_to(parent_folder())
     where = {"commit": git("rev-parse", "--short", "HEAD"), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    readers = {page: Reader(args.folder) for page in PAGES}
+    readers = {page: Reader(clone_for(page, args.folder)) for page in dict.fromkeys(page for page, _ in todo)}
     for page, block in tqdm(todo):
         tqdm.write(f"{page}: {name_of(block)}")
         begun = time.monotonic()

@@ -2,7 +2,7 @@
 
     accelerate launch --num_processes 2 scripts/train.py --config train.yaml
 
-On a machine without GPUs add `--cpu`. `python scripts/train.py --help` lists all options.
+docs/training.md has the line for CPUs. `python scripts/train.py --help` lists all options.
 """
 
 import sys

@@ -41,6 +41,19 @@ def test_gate_weights_are_those_of_the_router(tiny_mixture, corpus):
     assert view.gate_weight.shape == view.expert_index.shape == (2, len(view.tokens))
 
 
+def test_probes_see_what_encode_sees(tiny_parent, corpus):
+    """A prompt is part of the text: without it, the pictures would be of another one."""
+    model = mixture_of(tiny_parent)
+    bare, asked = token_views(model, [corpus[0]])[0], token_views(model, [corpus[0]], prompt="query: ")[0]
+    assert len(asked.tokens) > len(bare.tokens)
+    plain = expert_outputs(model, corpus[:4], max_tokens=10_000)
+    prompted = expert_outputs(model, corpus[:4], max_tokens=10_000, prompt="query: ")
+    assert prompted[0].shape[1] > plain[0].shape[1]
+    model.prompts, model.default_prompt_name = {"query": "query: "}, "query"
+    assert token_views(model, [corpus[0]])[0].tokens == asked.tokens
+    assert expert_outputs(model, corpus[:4], max_tokens=10_000)[0].shape == prompted[0].shape
+
+
 def test_without_sequence_groups_there_are_no_gate_weights(tiny_parent, corpus):
     assert token_views(mixture_of(tiny_parent, n_group=1), [corpus[0]])[0].gate_weight is None
 

@@ -1,8 +1,7 @@
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import numpy as np
+import planted_languages
 import pytest
 import test_importing
 from sentence_transformers import SentenceTransformer
@@ -117,16 +116,7 @@ def test_few_texts_make_no_map():
     assert routing_features(trace).shape == (40, 4)
 
 
-@pytest.fixture(scope="module")
-def planted_languages():
-    path = Path(__file__).parents[1] / "scripts/planted_languages.py"
-    spec = importlib.util.spec_from_file_location("planted_languages", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_planted_structure_is_seen_by_every_statistic_that_claims_to_see_it(planted_languages, tiny_parent, corpus):
+def test_a_planted_structure_is_seen_by_every_statistic_that_claims_to_see_it(tiny_parent, corpus):
     """If a language's own group could be missed, nothing that the report says about real models would mean anything."""
     chosen = tuple(corpus[:24])
     languages = tuple(("en", "fr", "pt")[row // 8] for row in range(24))

@@ -87,6 +87,14 @@ def test_a_killed_trace_goes_on_and_ends_the_same(tiny_mixture, texts, tmp_path,
     assert len(calls) == 20, "a finished trace is only read"
 
 
+def test_a_trace_that_lost_rows_is_not_filled_with_zeros(tiny_mixture, texts, tmp_path):
+    record(tiny_mixture, texts, tmp_path / "trace")
+    file = tmp_path / "trace/vector.bin"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"vector.bin has \d+ bytes; allowed: at least \d+. Remove "):
+        record(tiny_mixture, texts, tmp_path / "trace")
+
+
 def test_a_trace_of_something_else_is_not_continued(tiny_mixture, texts, tmp_path):
     record(tiny_mixture, texts, tmp_path / "trace")
     with pytest.raises(ValueError, match="another model, other texts or another prompt"):

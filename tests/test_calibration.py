@@ -14,8 +14,9 @@ from hagmoe_hf.analysis import stats
 from hagmoe_hf.analysis.stats import LabelLoad
 from hagmoe_hf.analysis.texts import Texts
 from hagmoe_hf.analysis.trace import label_load, record
-from hagmoe_hf.calibration import balancing_bias, even_k_means, read_texts
+from hagmoe_hf.calibration import balancing_bias, even_k_means
 from hagmoe_hf.demo import read_corpus
+from hagmoe_hf.files import read_lines
 
 WAYS = {
     "groups by sequence": {},
@@ -135,17 +136,17 @@ def test_a_model_without_its_tokenizer_is_refused():
 def test_texts_come_from_the_lines_of_a_file(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n  zwei drei \n", encoding="utf-8")
-    assert read_texts(path) == ["one", "zwei drei"]
+    assert read_lines(path) == ["one", "zwei drei"]
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"texts\.txt is not UTF-8"):
-        read_texts(path)
+        read_lines(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no text; allowed: one text per line"):
-        read_texts(path)
+        read_lines(path)
 
 
 def test_clusters_are_found_and_evened():
-    """Three well-separated directions of unlike size: with three keys each is found, with two the load is still even."""
+    """Three well-separated directions: each of three keys finds one; two keys share two of unlike size evenly."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.eye(6)[:3] * 5
     points = torch.cat(

@@ -115,6 +115,15 @@ def test_an_empty_folder_a_broken_archive_and_a_broken_manifest_are_named(tmp_pa
     (root / "sts/words/test.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(KitError, match=r"test.jsonl.gz: not a whole gzip file"):
         find_sets(root)
+    damaged = bytearray(packed)
+    damaged[len(packed) // 2 : len(packed) // 2 + 8] = b"\xff" * 8
+    (root / "sts/words/test.jsonl.gz").write_bytes(bytes(damaged))
+    with pytest.raises(KitError, match=r"test.jsonl.gz: not a whole gzip file"):
+        find_sets(root)
+    (root / "sts/words/test.jsonl.gz").write_bytes(packed)
+    plain.write_bytes(gzip.decompress(packed))
+    with pytest.raises(KitError, match=r"holds both test.jsonl and test.jsonl.gz; allowed: one of them"):
+        find_sets(root)
 
 
 def test_packing_keeps_the_fingerprint_and_a_changed_word_changes_it(root):

@@ -151,6 +151,19 @@ def test_a_rerankers_card_says_how_to_rerank():
     assert "SentenceTransformer" not in card
 
 
+def test_publishing_twice_changes_nothing_the_second_time():
+    """Whoever trains a published mixture on publishes its card again."""
+    once = published_card(upcycled_card("the report", ""), "me/mixture", "SentenceTransformer")
+    assert published_card(once, "me/mixture", "SentenceTransformer") == once
+    more = once.replace(
+        "## Load without hagmoe_hf", "## Load without hagmoe_hf\n\nOld.\n\n## Mine\n\nKept.\n\n## Load without hagmoe_hf", 1
+    )
+    again = published_card(more, "me/mixture", "SentenceTransformer")
+    assert again.count("## Load without hagmoe_hf") == 1
+    assert "Kept." in again
+    assert "Old." not in again
+
+
 def test_a_measured_card_can_be_published():
     """`hagmoe push` completes it as any other."""
     card = published_card(measured_card(tiny_config(), name="x", command="y"), "me/mixture", "SentenceTransformer")

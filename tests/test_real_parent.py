@@ -1,8 +1,9 @@
 """The whole journey on all-MiniLM-L6-v2 and real texts."""
 
-import importlib.util
 from pathlib import Path
 
+import exactness
+import exactness_multilingual as multilingual
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -11,16 +12,6 @@ from hagmoe_hf import HagMoeForMaskedLM
 from hagmoe_hf.demo import LARGEST_DIFFERENCE
 
 ROOT = Path(__file__).parents[1]
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-exactness, multilingual = script("exactness"), script("exactness_multilingual")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """Scripts that compute something of their own."""
 
-import importlib.util
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import analyze_experts
+import fill_readme_tables
+import generate
+import profile_layers
 import pytest
 import torch
 from conftest import spread, tiny_config
@@ -17,13 +20,6 @@ from hagmoe_hf.modeling_hagmoe import HagMoeForMaskedLM, HagMoeModel
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_no_script_hides_a_module_of_python():
     """Python looks beside a script first: a profile.py there breaks torch.compile in every other script."""
     assert not {path.stem for path in SCRIPTS.glob("*.py")} & sys.stdlib_module_names
@@ -32,19 +28,18 @@ def test_no_script_hides_a_module_of_python():
 @pytest.mark.parametrize("options", [{}, {"num_experts_per_tok": 2}, {"mlp_layer_types": ["sparse"] * 3}])
 def test_the_layers_costs_add_up_to_the_models(options):
     config = tiny_config(**options)
-    rows = script("profile_layers").layer_costs(HagMoeModel(config), length=16)
+    rows = profile_layers.layer_costs(HagMoeModel(config), length=16)
     counts = config.parameter_counts()
     assert sum(row[1] for row in rows) == counts.total
     assert sum(row[2] for row in rows) == counts.active
     assert rows[0][3] == 0, "a lookup is no product"
     with pytest.raises(ValueError, match="BertModel is no HAG-MoE"):
-        script("profile_layers").layer_costs(BertModel._from_config(BertModel.config_class(num_hidden_layers=1)), 16)
+        profile_layers.layer_costs(BertModel._from_config(BertModel.config_class(num_hidden_layers=1)), 16)
 
 
 def test_longer_texts_need_more_memory():
     model = HagMoeModel(tiny_config()).eval()
-    profile = script("profile_layers")
-    assert 0 < profile.peak_activations(model, 8) < profile.peak_activations(model, 64)
+    assert 0 < profile_layers.peak_activations(model, 8) < profile_layers.peak_activations(model, 64)
 
 
 def test_blanks_are_filled_the_surest_first_and_words_stay(tiny_parent):
@@ -54,27 +49,28 @@ def test_blanks_are_filled_the_surest_first_and_words_stay(tiny_parent):
     model = spread(HagMoeForMaskedLM(tiny_config(vocab_size=len(tokenizer))))
     mask = tokenizer.mask_token
     text = f"the file {mask} of a {mask} is {mask} {mask}"
-    rounds = [tokenizer(text)["input_ids"], *script("generate").fill(model, tokenizer, text, steps=4)]
+    rounds = [tokenizer(text)["input_ids"], *generate.fill(model, tokenizer, text, steps=4)]
     blanks = [ids.count(tokenizer.mask_token_id) for ids in rounds]
     assert blanks == [4, 3, 2, 1, 0]
     for before, after in itertools.pairwise(rounds):
         assert all(a == b for a, b in zip(before, after, strict=True) if a != tokenizer.mask_token_id)
     assert not set(rounds[-1][1:-1]) & set(tokenizer.all_special_ids)
-    assert len(list(script("generate").fill(model, tokenizer, text, steps=1))) == 1
+    assert len(list(generate.fill(model, tokenizer, text, steps=1))) == 1
     with pytest.raises(ValueError, match="0 blanks and steps=2"):
-        list(script("generate").fill(model, tokenizer, "no blank", steps=2))
+        list(generate.fill(model, tokenizer, "no blank", steps=2))
 
 
 def test_analyze_experts_is_the_command(tmp_path, monkeypatch):
-    module = script("analyze_experts")
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a"}\n{"text": "b"}\n')
     calls = []
-    monkeypatch.setattr(module, "analyze", lambda model, texts, **options: calls.append((model, texts.texts, options)))
+    monkeypatch.setattr(
+        analyze_experts, "analyze", lambda model, texts, **options: calls.append((model, texts.texts, options))
+    )
     monkeypatch.setattr(
         sys, "argv", ["analyze_experts.py", "MODEL", str(texts), "--output", "out", "--checkpoints", "a", "b"]
     )
-    module.main()
+    analyze_experts.main()
     ((model, given, options),) = calls
     assert (model, given) == ("MODEL", ("a", "b"))
     assert options["output"] == "out"
@@ -82,7 +78,7 @@ def test_analyze_experts_is_the_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_gpu_bench_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tiny_parent, tmp_path):
+def test_the_gpu_bench_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tiny_parent, tmp_path, monkeypatch):
     """A machine with a GPU is rare: what fails there for a reason that any machine shows costs its time."""
     bench = [sys.executable, str(SCRIPTS / "gpu_bench.py"), str(tmp_path)]
     options = ["--device", "cpu", "--rounds", "1", "--parent", str(tiny_parent)]
@@ -101,7 +97,6 @@ def test_the_gpu_bench_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tin
     again = json.loads((tmp_path / "gpu-bench.json").read_text())["measured"]
     assert all("seconds" in again[name] for name in (lost, failed))
     assert all(again[name] == row for name, row in result["measured"].items() if name != failed), "measured twice"
-    tables = script("fill_readme_tables")
-    tables.RESULTS = tmp_path
-    assert "| one query of 16 tokens, compiled, bfloat16 | mixture, compiled |" in tables.gpu_speed()
-    assert "| sdpa | float32 | 0.0e+00 |" in tables.gpu()
+    monkeypatch.setattr(fill_readme_tables, "RESULTS", tmp_path)
+    assert "| one query of 16 tokens, compiled, bfloat16 | mixture, compiled |" in fill_readme_tables.gpu_speed()
+    assert "| sdpa | float32 | 0.0e+00 |" in fill_readme_tables.gpu()

@@ -149,6 +149,16 @@ def test_bad_input_is_refused_with_what_would_be_allowed(body, status, message):
     assert json.loads(refusal.value.response().body)["error"]["message"] == str(refusal.value)
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2/embeddings", 404), ("GET", "/v1/embeddings", 405)])
+def test_an_unknown_path_is_answered_in_the_shape_of_every_error(method, path, status):
+    with running(Slow()) as (port, _):
+        got, body, _ = ask(port, method, path)
+    assert got == status
+    assert path in body["error"]["message"]
+    assert "allowed: /health, /metrics, /ready, /v1/embeddings, /v1/models" in body["error"]["message"]
+    assert set(body["error"]) == {"message", "type", "code"}
+
+
 def test_a_body_over_the_limit_is_refused_while_it_comes_in():
     """With and without Content-Length: nobody may fill the memory."""
     with running(Slow()) as (port, _):
@@ -166,7 +176,7 @@ def test_a_full_queue_refuses_and_loses_nothing():
     with running(slow, Settings("", "tiny", waiting=4)) as (port, _), ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda size: embed(port, input="a" * size), range(1, 13)))
         assert ask(port, "GET", "/ready")[0] == 200
-        assert embed(port, input=["a"] * 5)[0] == 429, "more than the queue can ever hold"
+        assert embed(port, input=["a"] * 5)[0] == 413, "more than the queue can ever hold"
     statuses = [status for status, _, _ in answers]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 4
@@ -252,6 +262,30 @@ def test_a_cancelled_request_leaves_the_queue():
     waiting, batches = asyncio.run(story())
     assert waiting == 0
     assert "bb" not in [text for batch in batches for text in batch]
+
+
+def test_a_failed_request_gives_its_places_back():
+    """Texts nobody waits for any more would be encoded beside those of the next request, uncounted."""
+
+    async def story() -> tuple[int, list]:
+        slow = Slow(seconds=0.02)
+        batcher = serving.Batcher(slow, 2, 8)
+        runner = asyncio.create_task(batcher.run())
+        with pytest.raises(serving.RefusedError):
+            await batcher.encode(["fail", "x", *["yy"] * 6])
+        await batcher.encode(["ccc"])
+        runner.cancel()
+        return batcher.waiting, slow.batches
+
+    waiting, batches = asyncio.run(story())
+    assert waiting == 0
+    assert sum(batch.count("yy") for batch in batches) <= 2, "more than the batch that was next already"
+
+
+@pytest.mark.parametrize("limit", ["batch_texts", "request_bytes", "texts", "characters", "waiting"])
+def test_a_limit_that_lets_nothing_through_is_refused(limit):
+    with pytest.raises(ValueError, match=f"{limit}=0 is not possible; allowed: at least 1"):
+        Settings("", "tiny", **{limit: 0})
 
 
 def test_dimensions_that_the_model_does_not_have_are_refused_at_the_start():

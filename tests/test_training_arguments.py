@@ -69,6 +69,14 @@ def test_a_mistake_in_the_file_is_named(text, message, tmp_path):
         parse(["--config", str(path)])
 
 
+def test_a_shortened_option_is_refused_not_ignored(tmp_path, capsys):
+    """`--conf FILE` was once taken for an option, and the file never read."""
+    (tmp_path / "train.yaml").write_text("model: m\ntrain_data: [x]")
+    with pytest.raises((SystemExit, ValueError)):
+        parse(["--conf", str(tmp_path / "train.yaml"), "--model", "m", "--train_data", "x", "--output_dir", "o"])
+    assert parse(["--config", str(tmp_path / "train.yaml"), "--output_dir", "o"])[0].model == "m"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

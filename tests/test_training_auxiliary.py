@@ -16,7 +16,14 @@ from conftest import NO_DROPOUT, TINY, spread
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer import losses as st_losses
 
-from hagmoe_hf import HagMoeConfig, HagMoeForMaskedLM, HagMoeForSequenceClassification
+from hagmoe_hf import (
+    HagMoeConfig,
+    HagMoeForMaskedLM,
+    HagMoeForMultipleChoice,
+    HagMoeForQuestionAnswering,
+    HagMoeForSequenceClassification,
+    HagMoeForTokenClassification,
+)
 from hagmoe_hf.routing_hagmoe import load_balancing_loss, router_z_loss
 from hagmoe_hf.training.balance import Coefficients
 from hagmoe_hf.training.router_callback import RouterCallback
@@ -91,16 +98,25 @@ def test_auxiliary_terms_have_their_known_values():
     assert router_z_loss(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 2).item() == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("cls", [HagMoeForMaskedLM, HagMoeForSequenceClassification])
+@pytest.mark.parametrize("cls", [HagMoeForMaskedLM, HagMoeForMultipleChoice, HagMoeForQuestionAnswering,
+                                 HagMoeForSequenceClassification, HagMoeForTokenClassification])  # fmt: skip
 def test_a_heads_loss_holds_the_load_balance_term_on_request(cls):
     """As in Mixtral: with router logits, and over real tokens only."""
     config = HagMoeConfig(**TINY, **NO_DROPOUT, router_aux_loss_coef=0.5)
     model = spread(cls(config))
     ids = torch.randint(1, 99, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(7)[None] < torch.tensor([[7], [2], [5]])
-    labels = ids.masked_fill(~mask, -100) if cls is HagMoeForMaskedLM else torch.tensor([0, 1, 0])
-    plain = model(ids, attention_mask=mask.long(), labels=labels)
-    output = model(ids, attention_mask=mask.long(), labels=labels, output_router_logits=True)
+    of_texts, of_tokens = torch.tensor([0, 1, 0]), ids.masked_fill(~mask, -100)
+    labels = {
+        HagMoeForMaskedLM: {"labels": of_tokens},
+        HagMoeForTokenClassification: {"labels": of_tokens.remainder(2).masked_fill(~mask, -100)},
+        HagMoeForQuestionAnswering: {"start_positions": of_texts, "end_positions": of_texts},
+    }.get(cls, {"labels": of_texts})
+    texts = {"input_ids": ids, "attention_mask": mask.long()}
+    if cls is HagMoeForMultipleChoice:  # three choices of one question
+        texts, labels = {name: value.unsqueeze(0) for name, value in texts.items()}, {"labels": torch.tensor([1])}
+    plain = model(**texts, **labels)
+    output = model(**texts, **labels, output_router_logits=True)
     (logits,), (index,) = output.router_logits, output.expert_index
     real = mask.flatten()
     load = torch.bincount(index[real].flatten(), minlength=8) / real.sum()

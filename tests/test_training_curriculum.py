@@ -5,7 +5,7 @@ import torch
 from conftest import spread, tiny_config
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 
-from hagmoe_hf import HagMoeModel, upcycle
+from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.training.curriculum import Curriculum, CurriculumCallback, Phase, cut_features, read_curriculum
 from hagmoe_hf.training.parameters import encoder_parameters
 
@@ -68,6 +68,7 @@ def test_a_phase_follows_from_the_step_alone(curriculum):
         ("phases: [{name: a, max_length: 2}]", "max_length=2 is not possible; allowed: an integer, at least 3"),
         ("phases: [{name: a, mix: {x: 0}}]", "mix=.* is not possible; allowed: a mapping of domain -> weight"),
         ("phases: [{name: a, learning_rates: [1]}]", "learning_rates=.* is not possible; allowed: a mapping of parameter"),
+        ("phases: [{name: a, until: 3}, {name: a}]", "Several phases are named 'a'"),
     ],
 )
 def test_a_mistake_in_the_file_names_file_phase_field_and_what_is_allowed(text, message, tmp_path):
@@ -90,6 +91,7 @@ def test_a_mistake_in_the_file_names_file_phase_field_and_what_is_allowed(text, 
             "Phase 'b': topk_group=5 is not possible; allowed: between 1 and",
         ),
         ([Phase("a", max_length=8)], "max_length in a phase needs a SentenceTransformer"),
+        ([Phase("a", 4), Phase("a")], "Several phases are named 'a'; allowed: a name of its own for each"),
     ],
 )
 def test_a_phase_that_cannot_be_is_refused_before_the_first_step(phases, message):
@@ -180,11 +182,11 @@ def test_a_cut_batch_is_what_the_tokenizer_would_have_made(tiny_parent, corpus):
 
 def test_lengths_are_cut_in_training_only(tiny_parent):
     """Evaluation must see what a user will send."""
-    from hagmoe_hf import sentence
-
     model = upcycle(sentence.load(str(tiny_parent), device="cpu"))
     callback = CurriculumCallback(Curriculum((Phase("short", max_length=5),)))
     view = begin(callback, model)
+    step(callback, view)
+    view = begin(callback, model)  # again, as after an interruption
     step(callback, view)
     features = model.tokenize(["one two three four five six seven eight"])
     assert features["input_ids"].shape[1] > 5
@@ -192,3 +194,11 @@ def test_lengths_are_cut_in_training_only(tiny_parent):
     assert model.eval()(dict(features))["token_embeddings"].shape[1] == features["input_ids"].shape[1]
     callback.on_train_end(*view)
     assert model.train()(dict(features))["token_embeddings"].shape[1] == features["input_ids"].shape[1]
+
+
+def test_lengths_are_not_cut_from_the_left(tiny_parent):
+    """The first tokens of a row would be its padding, and its last ones would be lost."""
+    model = upcycle(sentence.load(str(tiny_parent), device="cpu"))
+    model.tokenizer.padding_side = "left"
+    with pytest.raises(ValueError, match="max_length in a phase with padding on the left; allowed: a tokenizer that pads"):
+        begin(CurriculumCallback(Curriculum((Phase("short", max_length=5),))), model)

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..modeling_hagmoe import HagMoeModel, HagMoeRouter, HagMoeSparseMLP
-from .trace import sparse_encoder
+from .trace import prompt_of, sparse_encoder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -38,12 +38,13 @@ class TokenView:
 
 
 @torch.inference_mode()
-def token_views(model: "SentenceTransformer", texts: list[str]) -> list[TokenView]:
+def token_views(model: "SentenceTransformer", texts: list[str], *, prompt: str | None = None) -> list[TokenView]:
     """Look at a few texts closely, one by one.
 
     Args:
         model: A `SentenceTransformer` around a HAG-MoE.
         texts: Truncated as the model truncates them.
+        prompt: Put before each text; the model's default prompt where None.
 
     Raises:
         ValueError: The model has no sparse layers.
@@ -58,7 +59,7 @@ def token_views(model: "SentenceTransformer", texts: list[str]) -> list[TokenVie
             if block.router.attention_query is not None
         ]
         try:
-            features = model.preprocess([text])
+            features = model.preprocess([text], prompt=prompt_of(model, prompt))
             input_ids = features["input_ids"].to(encoder.device)
             output = encoder(input_ids=input_ids, output_expert_index=True)
         finally:
@@ -84,7 +85,7 @@ def sparse_blocks(encoder: HagMoeModel) -> list[tuple[int, HagMoeSparseMLP]]:
 
 @torch.inference_mode()
 def expert_outputs(
-    model: "SentenceTransformer", texts: list[str], *, max_tokens: int = 512, seed: int = 0
+    model: "SentenceTransformer", texts: list[str], *, max_tokens: int = 512, seed: int = 0, prompt: str | None = None
 ) -> list[np.ndarray]:
     """Give every expert of a layer the same tokens, whoever they were routed to.
 
@@ -93,6 +94,7 @@ def expert_outputs(
         texts: Encoded in one batch; a few dozen are enough.
         max_tokens: T, a random sample of their real tokens.
         seed: Of the sample.
+        prompt: Put before each text; the model's default prompt where None.
 
     Returns:
         For each sparse layer (E, T, D) float32 outputs, without the shared expert's.
@@ -105,10 +107,8 @@ def expert_outputs(
     inputs: list[torch.Tensor] = []
     hooks = [block.register_forward_pre_hook(partial(_see_states, inputs)) for block in blocks]
     try:
-        batch = model.tokenizer(
-            texts, padding=True, truncation=True, max_length=model.max_seq_length, return_tensors="pt"
-        ).to(encoder.device)
-        encoder(**batch)
+        features = model.preprocess(texts, prompt=prompt_of(model, prompt))
+        encoder(**{name: value.to(encoder.device) for name, value in features.items() if torch.is_tensor(value)})
     finally:
         for hook in hooks:
             hook.remove()

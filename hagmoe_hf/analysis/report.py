@@ -5,6 +5,7 @@ OUT/report.html  the page, pictures included                                    
 """
 
 import base64
+import hashlib
 import html
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 from .. import sentence
 from ..files import write_text
 from . import plots, stats
-from .probes import expert_outputs, importance, token_views
+from .probes import TokenView, expert_outputs, importance, token_views
 from .summary import KINDS, Summary, findings, sample_rows, summarize, text_groups, text_map
 from .texts import Texts, label_ids
 from .trace import Trace, label_load, record, sparse_encoder
@@ -92,7 +93,7 @@ def analyze(
     }
     rows = sample_rows(trace, seed, PROBE_TEXTS)
     probe = Texts(tuple(trace.texts.texts[row] for row in rows))
-    outputs = expert_outputs(loaded, list(probe.texts[:CKA_TEXTS]), seed=seed)
+    outputs = expert_outputs(loaded, list(probe.texts[:CKA_TEXTS]), seed=seed, prompt=prompt)
     summary["cka"] = [[[stats.linear_cka(one, other) for other in layer] for one in layer] for layer in outputs]
     if parent is not None:
         before = sentence.load(parent).encode(list(probe.texts), batch_size=batch_size, prompt=prompt)
@@ -104,7 +105,8 @@ def analyze(
         whole, lost = importance(loaded, score, show_progress_bar=show_progress_bar)
         summary["importance"] = {"task": importance_task, "whole": whole, "lost": lost.tolist()}
     summary["findings"] = findings(summary)
-    sections = _draw(loaded, trace, summary, checkpoints, output, seed)
+    views = token_views(loaded, _examples(trace), prompt=prompt)
+    sections = _draw(views, trace, summary, checkpoints, output, seed)
     write_text(output / "report.json", json.dumps(summary, indent=1) + "\n")
     write_text(output / "report.html", page(summary, sections, output))
     return summary
@@ -135,7 +137,10 @@ def _saturation(
     final = record(model, probe, **options)
     shares = []
     for checkpoint in checkpoints:
-        early = record(sentence.load(checkpoint), probe, output / "checkpoints" / Path(checkpoint).name, **options)
+        earlier = sentence.load(checkpoint)
+        # Two runs may both have a checkpoint-500, and other texts may be looked at the next time
+        key = hashlib.sha256(f"{sentence.fingerprint(earlier)} {probe.texts}".encode()).hexdigest()[:16]
+        early = record(earlier, probe, output / "checkpoints" / f"{Path(checkpoint).name}-{key}", **options)
         if early.expert_index.shape != final.expert_index.shape:
             raise ValueError(
                 f"checkpoint {checkpoint} chose {early.expert_index.shape} (tokens, sparse layers, experts per token); "
@@ -147,7 +152,7 @@ def _saturation(
 
 
 def _draw(
-    model: "SentenceTransformer", trace: Trace, summary: Summary, checkpoints: Sequence[str], folder: Path, seed: int
+    views: Sequence[TokenView], trace: Trace, summary: Summary, checkpoints: Sequence[str], folder: Path, seed: int
 ) -> list[tuple[str, list[Picture]]]:
     """Draw everything that there is something to draw of; sections of pictures, in the order of the page."""
     layers, num_experts = trace.layers, trace.num_experts
@@ -216,7 +221,7 @@ def _draw(
         )
 
     pictures = []
-    for number, view in enumerate(token_views(model, _examples(trace))):
+    for number, view in enumerate(views):
         plots.token_experts(view, layers, folder / f"sentence{number}.png")
         pictures.append((f"sentence{number}.png", "A text, token by token, in the colours and numbers of its experts."))
         if view.gate_weight is not None:

@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import sentence
-from ..evaluation.models import fingerprint
 from ..files import write_text
 from ..modeling_hagmoe import HagMoeModel, HagMoeSparseMLP
 from ..routing_hagmoe import Routing
@@ -127,8 +126,7 @@ def record(
             return replace(mapped, **loaded)
     encoder = sparse_encoder(model)
     config = encoder.config
-    if prompt is None:
-        prompt = model.prompts.get(model.default_prompt_name or "") or None
+    prompt = prompt_of(model, prompt)
     # Long texts first, as `encode` does: like lengths share a batch, and too little memory shows at once
     texts = texts.take(np.argsort([-len(text) for text in texts.texts], kind="stable"))
     num_layers, count = len(config.sparse_layers), len(texts.texts)
@@ -140,7 +138,7 @@ def record(
         "mean_probability": (num_layers, config.num_experts),
         "vector": (model.get_embedding_dimension(),),
     }
-    about = {"model": fingerprint(model), "texts": _hash(texts.texts), "prompt": prompt}
+    about = {"model": sentence.fingerprint(model), "texts": _hash(texts.texts), "prompt": prompt}
     model.eval()
     with (
         _Arrays(Path(folder), about, shapes, _dtypes(config.num_experts)) as arrays,
@@ -168,6 +166,11 @@ def record(
         text_start,
         **mapped_arrays,
     )
+
+
+def prompt_of(model: "SentenceTransformer", prompt: str | None) -> str | None:
+    """What `encode` puts before each text: `prompt`, or the model's default one where it is None."""
+    return (model.prompts.get(model.default_prompt_name or "") or None) if prompt is None else prompt
 
 
 def sparse_encoder(model: "SentenceTransformer") -> HagMoeModel:
@@ -271,7 +274,10 @@ class _Arrays:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: (self.folder / f"{name}.bin").open("ab") for name in self.shapes}
         for name, file in self._files.items():
-            file.truncate(self._rows[name] * self._row_bytes(name))  # a killed run may have written more than it said
+            promised, there = self._rows[name] * self._row_bytes(name), file.tell()
+            if there < promised:
+                raise ValueError(f"{file.name} has {there} bytes; allowed: at least {promised}. Remove {self.folder}.")
+            file.truncate(promised)  # a killed run may have written more than it said
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -303,6 +309,7 @@ class _Arrays:
     def _save(self) -> None:
         for file in self._files.values():
             file.flush()
+            os.fsync(file.fileno())  # before the promise that they hold so many rows
         meta = {"about": self.about, "done": self.done, "rows": self._rows}
         write_text(self.folder / META, json.dumps(meta) + "\n")
         self._since_saved = 0

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .. import sentence
+from ..files import write_text
 
 
 def profile_encoder(model: Any, texts: list[str], output: str | os.PathLike, *, repeats: int = 10) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def profile_encoder(model: Any, texts: list[str], output: str | os.PathLike, *, 
         kind = "modules" if is_module else "operations"
         times[kind][event.key] = microseconds / 1000 / repeats
     result = {kind: dict(sorted(values.items(), key=lambda item: -item[1])[:40]) for kind, values in times.items()}
-    (output / "profile.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(output / "profile.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

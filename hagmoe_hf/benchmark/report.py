@@ -28,7 +28,7 @@ def markdown(report: dict[str, Any]) -> str:
         rule,
     ]
     for name in names:
-        cells = [_ratio(result["speed against the parent"].get(name)) for result in results.values()]
+        cells = [_ratio(result["speed against the parent"].get(name), result["rounds"]) for result in results.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"| milliseconds, median | {head} |", rule]
     for name in names:
@@ -86,9 +86,11 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> Path:
     return write_figure(figure, path)
 
 
-def _ratio(ratio: dict[str, float] | None) -> str:
+def _ratio(ratio: dict[str, float] | None, rounds: int) -> str:
     if ratio is None:
         return ""
+    if rounds == 1:  # which has no spread
+        return f"{ratio['median']:.2f}"
     return f"{ratio['median']:.2f} [{ratio['lower quartile']:.2f}, {ratio['upper quartile']:.2f}]"
 
 

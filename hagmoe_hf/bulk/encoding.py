@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .. import sentence
-from ..evaluation.models import fingerprint
 from ..files import new_file, write_text
 from .shards import SHARD_ROWS, Plan, Shard, plan, read_rows
 
@@ -159,7 +158,7 @@ def prepare(work: Plan, out: Path, model: "SentenceTransformer", *, prompt: str 
     """
     manifest = {
         "format": 1,
-        "model": fingerprint(model),
+        "model": sentence.fingerprint(model),
         "prompt": prompt,
         "column": work.column,
         "id_column": work.id_column,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..demo import read_corpus
+from ..files import read_lines
 
 
 def export(
@@ -23,7 +24,7 @@ def export(
     """Write MODEL with an ONNX or OpenVINO graph, checked against torch. OUT appears whole, or not at all."""
     from ..export import export as export_library
 
-    texts = read_corpus()[0] if verify is None else [line for line in verify.read_text("utf-8").splitlines() if line.strip()]
+    texts = read_corpus()[0] if verify is None else read_lines(verify)
     report = export_library(model, out, texts, format=format, int8=int8, reduce_range=reduce_range)
     for name, check in report.checks.items():
         print(

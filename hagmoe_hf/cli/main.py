@@ -13,8 +13,7 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .. import demo as demo_room
-from ..calibration import read_texts
-from ..files import new_folder
+from ..files import new_folder, read_lines
 from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
 from .analyze import analyze
@@ -91,7 +90,7 @@ def upcycle(
             shared_expert_fraction=shared_expert_fraction,
             group_routing=group_routing,
             combine_rule=combine_rule,
-            calibration_texts=None if calibration_texts is None else read_texts(calibration_texts),
+            calibration_texts=None if calibration_texts is None else read_lines(calibration_texts),
             seed=seed,
             allow_key_mismatch=allow_key_mismatch,
         )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,12 @@ def _sub_folders(folder: Path) -> list[Path]:
 
 
 def _find_set(kind: str, folder: Path, about: Row) -> KitSet:
-    found = {path.name.removesuffix(".gz").removesuffix(".jsonl"): path for path in sorted(folder.glob("*.jsonl*"))}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.jsonl*")):
+        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        if name in found:
+            raise KitError(f"{folder}: holds both {found[name].name} and {path.name}; allowed: one of them.")
+        found[name] = path
     if kind == "bitext":
         files = found
         for name, path in files.items():
@@ -190,7 +196,7 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     try:
         return gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise KitError(f"{path}: not a whole gzip file ({error}).") from error
 
 

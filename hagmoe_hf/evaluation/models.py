@@ -5,14 +5,11 @@ model is known by its weights and settings, and by nothing else.
 """
 
 import hashlib
-import json
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from .. import sentence
 
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 BM25 = "bm25"  # in the place of a model's path
 _BM25_IN_MTEB = "mteb/baseline-bm25s"
-_VOLATILE = ("_name_or_path", "transformers_version")  # config entries that say where a model is, not what it computes
 
 
 @dataclass(frozen=True)
@@ -68,43 +64,13 @@ def candidate(model: "SentenceTransformer", label: str) -> Candidate:
     """
     from .mteb_api import SentenceTransformerEncoderWrapper
 
-    key = fingerprint(model)
+    key = sentence.fingerprint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # mteb calls methods that sentence-transformers has renamed
         wrapped = SentenceTransformerEncoderWrapper(model)
     name = label if label.count("/") == 1 else f"local/{label.replace('/', '-')}"
     wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update={"name": name, "revision": key})
     return Candidate(label, key, wrapped, model)
-
-
-def fingerprint(model: "SentenceTransformer") -> str:
-    """SHA-256 (hex) of all that decides a model's vectors: weights, modules, settings, prompts, tokenizer.
-
-    Two folders with the same model share it; a changed weight, prompt or length changes it.
-
-    Args:
-        model: Any `SentenceTransformer`.
-    """
-    modules: list[Any] = list(model)
-    settings: list[Any] = [[type(module).__name__, module.get_config_dict()] for module in modules]
-    encoder = getattr(modules[0], "model", None)
-    if encoder is not None:
-        settings.append({key: value for key, value in encoder.config.to_dict().items() if key not in _VOLATILE})
-    settings += [model.max_seq_length, model.truncate_dim, model.similarity_fn_name]
-    settings += [model.prompts, model.default_prompt_name, _tokenizer_settings(model.tokenizer)]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _tokenizer_settings(tokenizer: Any) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer.get_vocab()
-    settings = json.loads(backend.to_str())
-    return {key: value for key, value in settings.items() if key not in ("truncation", "padding")}  # change with every call
 
 
 def _bm25() -> Candidate:

@@ -182,7 +182,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTr
     """
     kinds: Any = [TrainOptions, SentenceTransformerTrainingArguments]
     usage = "hagmoe train [--config FILE] [--OPTION VALUE ...]"
-    parser = HfArgumentParser(kinds, usage=usage, description="Train a HAG-MoE.")
+    parser = HfArgumentParser(kinds, usage=usage, description="Train a HAG-MoE.", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the options below.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")

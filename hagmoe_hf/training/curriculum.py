@@ -51,9 +51,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Phases in order."""
+    """Phases in order, each under a name of its own.
+
+    Raises:
+        ValueError: Two phases have the same name.
+    """
 
     phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        names = [phase.name for phase in self.phases]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"Several phases are named {twice[0]!r}; allowed: a name of its own for each phase.")
 
     def ends(self, max_steps: int) -> list[int]:
         """The step before which each phase ends, in a run of `max_steps` optimizer steps.
@@ -98,7 +108,11 @@ def read_curriculum(path: str | Path) -> Curriculum:
     entries = content.get("phases") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"phases"}:
         raise ValueError(f"{path} has the wrong form; allowed: one key 'phases' with a list of phases.")
-    return Curriculum(tuple(_phase(entry, number, str(path)) for number, entry in enumerate(entries, 1)))
+    phases = tuple(_phase(entry, number, str(path)) for number, entry in enumerate(entries, 1))
+    try:
+        return Curriculum(phases)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _phase(entry: Any, number: int, source: str) -> Phase:
@@ -194,8 +208,13 @@ class CurriculumCallback(TrainerCallback):
         for phase in self.curriculum.phases:  # each must be possible before the first one begins
             self._open_groups(phase)
         self._config.topk_group = self._usual_topk_group
+        self.on_train_end(args, state, control)  # of a training that was interrupted
         if any(phase.max_length for phase in self.curriculum.phases):
-            self._hook = _sentence_transformer(model).register_forward_pre_hook(self._cut)
+            trained = _sentence_transformer(model)
+            side = getattr(trained.tokenizer, "padding_side", "right")
+            if side != "right":
+                raise ValueError(f"max_length in a phase with padding on the {side}; allowed: a tokenizer that pads right.")
+            self._hook = trained.register_forward_pre_hook(self._cut)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Enter the phase of this step."""
@@ -232,6 +251,7 @@ class CurriculumCallback(TrainerCallback):
         """Stop cutting texts; the number of open groups stays that of the last phase, with which the model was trained."""
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
 
     def _open_groups(self, phase: Phase) -> None:
         self._config.topk_group = phase.topk_group or self._usual_topk_group

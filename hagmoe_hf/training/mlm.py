@@ -40,7 +40,7 @@ class MaskingByContent(DataCollatorForLanguageModeling):
     """Masks drawn from the seed and the batch itself.
 
     Batches are collated ahead of the step that uses them, so masks from a running generator would differ after a resume. A
-    text gets other masks in other epochs, since it meets other texts there.
+    text gets other masks in other epochs, unless it meets the very same texts there.
     """
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:

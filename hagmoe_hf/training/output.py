@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from ..files import new_folder
+from ..files import new_folder, write_text
 from ..model_card import trained_card
 from .data import DataReport
 
@@ -31,7 +31,7 @@ class CardCallback(TrainerCallback):
         """Rewrite the card of the checkpoint that was just written."""
         path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / "README.md"
         if args.should_save and path.exists():
-            path.write_text(trained_card(path.read_text(encoding="utf-8"), str(self.report)), encoding="utf-8")
+            write_text(path, trained_card(path.read_text(encoding="utf-8"), str(self.report)))
 
 
 def where_to_begin(arguments: TrainingArguments, resume: bool) -> str | None:
@@ -72,9 +72,7 @@ def write_report(arguments: TrainingArguments, report: DataReport) -> None:
     """Show what was read, and keep it as `data_report.json`."""
     say(arguments, str(report))
     if arguments.should_save:
-        path = Path(str(arguments.output_dir)) / DATA_REPORT
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.__dict__, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(str(arguments.output_dir)) / DATA_REPORT, json.dumps(report.__dict__, indent=2) + "\n")
 
 
 def save_whole(arguments: TrainingArguments, folder: Path, save: Callable[[str], None], report: DataReport) -> None:

@@ -289,6 +289,6 @@ def _save(run: Run, trainee: Trainee, losses: list[Tensor], folder: Path) -> Non
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state() if trainee.setting.device != "cpu" else None,
     }
-    partial = folder / "checkpoint.partial"
+    partial = folder / "checkpoint.partial"  # one name for all: a run that is killed often leaves one, not many
     torch.save(state, partial)
     os.replace(partial, folder / "checkpoint.pt")

@@ -4,7 +4,6 @@ Differences are paired: an arm's run minus the dense parent's run with the same 
 order. Scores are 0 to 100.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ablation.arms import DENSE, TABLES, Arm
 from ablation.budgets import BUDGETS, Budget
 from ablation.plots import gain_curves, group_bars
 from ablation.results import best_rate, macro, read_results, run_name
+from hagmoe_hf.files import write_text
 
 BASELINE = DENSE.name
 # The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
@@ -107,9 +107,7 @@ def write_reports(results: Path) -> list[Path]:
             begun = [arm for arm in arms if run_name(arm, budget.learning_rates[0], budget.seeds[0]) in done]
             if len(begun) > 1 and begun[0].name == BASELINE:
                 path = results / budget.name / f"table{number}.md"
-                partial = path.with_suffix(".partial")
-                partial.write_text(table(number, begun, budget, done, before), encoding="utf-8")
-                os.replace(partial, path)
+                write_text(path, table(number, begun, budget, done, before))
                 _pictures(path, begun, budget, done, before)
                 written.append(path)
     return written

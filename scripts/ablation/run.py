@@ -26,7 +26,7 @@ from ablation.models import build
 from ablation.parting import parting
 from ablation.results import due, read_results, run_name
 from hagmoe_hf import sentence
-from hagmoe_hf.files import write_text
+from hagmoe_hf.files import new_file, write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 KEPT_WEIGHTS = "trained.safetensors"
@@ -107,10 +107,8 @@ def run_table(
 
 def keep_weights(folder: Path, model: SentenceTransformer) -> None:
     """Write trained weights into a run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "trained.partial"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
-    os.replace(partial, folder / KEPT_WEIGHTS)
+    with new_file(folder / KEPT_WEIGHTS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
 
 
 def kept_weights(work: Path, budget: str, name: str) -> Path:

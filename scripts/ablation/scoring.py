@@ -4,7 +4,6 @@ Both in float32, as a user would run the model. The kit is scored by the package
 vectors recorded here, so that a GPU goes on training while CPUs fit classifiers and clusters.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from ablation.inputs import Pairs
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, set_domain
 from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.evaluation.kit import KitSet, find_sets
+from hagmoe_hf.files import new_file
 from hagmoe_hf.modeling_hagmoe import HagMoeRouter
 from hagmoe_hf.training.monitor import max_violation
 
@@ -172,10 +172,8 @@ def record(model: SentenceTransformer, sets: list[KitSet], path: Path) -> None:
         set_domain(sentence.encoder_of(model), domain)
         vectors = model.encode(set_texts(kit_set), batch_size=256, convert_to_numpy=True, show_progress_bar=False)
         arrays[_task_name(kit_set)] = vectors.astype(np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+    with new_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def score_recorded(kit: Path, vectors: Path, label: str) -> dict[str, dict]:

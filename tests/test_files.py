@@ -1,0 +1,61 @@
+"""What appears whole or not at all."""
+
+import contextlib
+
+import pytest
+from matplotlib.figure import Figure
+
+from hagmoe_hf.files import new_file, new_folder, write_figure, write_text
+
+
+def drawing() -> Figure:
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    return figure
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
+    write_text(tmp_path / "deep/a.txt", "old")
+    with contextlib.suppress(RuntimeError), new_file(tmp_path / "deep/a.txt") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "deep/a.txt").read_text() == "old"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.txt"]
+
+
+def test_a_folder_that_could_not_be_filled_leaves_nothing(tmp_path):
+    with contextlib.suppress(RuntimeError), new_folder(tmp_path / "deep/model") as partial:
+        (partial / "weights").write_text("half")
+        raise RuntimeError
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("keep me")
+    with (
+        pytest.raises(FileExistsError, match="mine exists; allowed: a new name, or an empty folder"),
+        new_folder(tmp_path / "mine"),
+    ):
+        pass
+    with new_folder(tmp_path / "empty") as partial:
+        (tmp_path / "empty").mkdir()  # another process, meanwhile
+        (partial / "weights").write_text("whole")
+    assert (tmp_path / "empty/weights").read_text() == "whole"
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_is_whole_or_not_there(suffix, tmp_path, monkeypatch):
+    path = write_figure(drawing(), tmp_path / f"deep/a.{suffix}")
+    assert path.read_bytes()[:4] == {"png": b"\x89PNG", "svg": b"<?xm"}[suffix]
+    before = path.read_bytes()
+
+    def dies_half_way(self, target, **options):
+        target.write_bytes(b"half")
+        raise RuntimeError
+
+    monkeypatch.setattr(Figure, "savefig", dies_half_way)
+    with pytest.raises(RuntimeError):
+        write_figure(drawing(), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
