@@ -10,6 +10,7 @@ from matplotlib.image import imread
 from sentence_transformers import SentenceTransformer
 
 from hagmoe_hf import upcycle
+from hagmoe_hf.analysis import pictures
 from hagmoe_hf.analysis import report as report_room
 from hagmoe_hf.analysis.report import analyze
 from hagmoe_hf.analysis.texts import Texts
@@ -109,7 +110,7 @@ def test_the_page_renders_in_a_browser(finished, tmp_path):
 def test_a_second_run_continues_and_does_not_trace_again(finished, mixture_folder, texts, monkeypatch):
     """The trace of a million tokens is the long part."""
     monkeypatch.setattr("hagmoe_hf.analysis.trace._rows", None)
-    monkeypatch.setattr(report_room, "_draw", lambda *arguments: [])
+    monkeypatch.setattr(report_room, "draw", lambda *arguments, **options: [])
     summary = analyze(str(mixture_folder), texts, finished[0])
     assert summary["layers"] == finished[1]["layers"]
 
@@ -167,9 +168,9 @@ def test_example_sentences_are_short_and_of_different_domains(mixture_folder, co
     model = SentenceTransformer(str(mixture_folder), device="cpu")
     texts = Texts(tuple(corpus[:60]), tuple("abc"[row // 20] for row in range(60)))
     trace = report_room.record(model, texts)
-    chosen = report_room._examples(trace)
+    chosen = pictures.example_texts(trace)
     assert {texts.domains[texts.texts.index(text)] for text in chosen} == {"a", "b", "c"}
-    assert all(len(model.tokenizer(text)["input_ids"]) in report_room.EXAMPLE_TOKENS for text in chosen)
+    assert all(len(model.tokenizer(text)["input_ids"]) in pictures.EXAMPLE_TOKENS for text in chosen)
 
 
 def test_the_trace_is_the_only_folder_beside_the_files(finished):

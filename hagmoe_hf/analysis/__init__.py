@@ -3,5 +3,6 @@
 texts    what to look at: read files, with domain and language where known
 trace    run texts, record routing on disk           probes   what routing alone does not show: gates, outputs, masking
 stats    every formula, NumPy only                   summary  from a trace to all numbers, and to findings in words
-plots    pictures of recorded numbers                report   the whole way, and the page
+plots    how each kind of picture is drawn           pictures what is drawn of a trace, section by section
+page     the page that shows it                      report   the whole way
 """

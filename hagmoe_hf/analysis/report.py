@@ -4,9 +4,7 @@ OUT/trace/       the recorded routing, from which an interrupted run goes on    
 OUT/report.html  the page, pictures included                                     OUT/report.json  every number
 """
 
-import base64
 import hashlib
-import html
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,11 +17,13 @@ import numpy as np
 
 from .. import sentence
 from ..files import write_text
-from . import plots, stats
-from .probes import TokenView, expert_outputs, importance, token_views
-from .summary import KINDS, Summary, findings, sample_rows, summarize, text_groups, text_map
-from .texts import Texts, label_ids
-from .trace import Trace, label_load, record, sparse_encoder
+from . import stats
+from .page import page
+from .pictures import draw, example_texts
+from .probes import expert_outputs, importance, token_views
+from .summary import Summary, findings, sample_rows, summarize
+from .texts import Texts
+from .trace import record, sparse_encoder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 PACKAGES = ("hagmoe_hf", "torch", "transformers", "sentence-transformers", "numpy")
 PROBE_TEXTS = 256  # texts that are looked at again: by checkpoints, by the parent
 CKA_TEXTS = 64
-EXAMPLES = 3  # sentences that are drawn token by token
-EXAMPLE_TOKENS = range(8, 49)  # how long these are, in tokens, where there are such
-
-Picture = tuple[str, str]  # file name, caption
 
 
 def analyze(
@@ -105,8 +101,8 @@ def analyze(
         whole, lost = importance(loaded, score, show_progress_bar=show_progress_bar)
         summary["importance"] = {"task": importance_task, "whole": whole, "lost": lost.tolist()}
     summary["findings"] = findings(summary)
-    views = token_views(loaded, _examples(trace), prompt=prompt)
-    sections = _draw(views, trace, summary, checkpoints, output, seed)
+    views = token_views(loaded, example_texts(trace), prompt=prompt)
+    sections = draw(trace, summary, views, output, seed=seed, training_log=_training_log(checkpoints))
     write_text(output / "report.json", json.dumps(summary, indent=1) + "\n")
     write_text(output / "report.html", page(summary, sections, output))
     return summary
@@ -151,292 +147,7 @@ def _saturation(
     return {"checkpoints": [Path(checkpoint).name for checkpoint in checkpoints], "shares": shares}
 
 
-def _draw(
-    views: Sequence[TokenView], trace: Trace, summary: Summary, checkpoints: Sequence[str], folder: Path, seed: int
-) -> list[tuple[str, list[Picture]]]:
-    """Draw everything that there is something to draw of; sections of pictures, in the order of the page."""
-    layers, num_experts = trace.layers, trace.num_experts
-    titles = [f"layer {layer}" for layer in layers]
-    experts = [str(expert) for expert in range(num_experts)]
-    sections: list[tuple[str, list[Picture]]] = []
-
-    counts = np.array([layer["load"]["counts"] for layer in summary["layers"]])
-    plots.load_bars(counts, layers, trace.num_groups, folder / "load.png")
-    sections.append(
-        ("Who works", [("load.png", "Each expert's share of the choices; on the dashed line all would be even.")])
-    )
-
-    for kind, numbers in summary["labels"].items():
-        name = f"{kind}_experts.png"
-        plots.label_expert_heatmap(label_load(trace, kind), folder / name)
-        pictures = [(name, f"Where each {kind}'s tokens went. A row sums to 100 in each layer.")]
-        names = numbers["names"][: plots.MAX_LABELS]
-        size = len(names)
-        plots.matrix_heatmaps(
-            [np.array(matrix)[:size, :size] for matrix in numbers["divergence"]],
-            titles,
-            names,
-            names,
-            "bits",
-            f"How differently two {kind}s use the experts (Jensen-Shannon)",
-            folder / f"{kind}_divergence.png",
-        )
-        pictures.append((f"{kind}_divergence.png", f"0: two {kind}s use the experts alike; 1: they share none."))
-        plots.matrix_heatmaps(
-            [np.array(numbers["similarity"])[:size, :size]],
-            ["sentence vectors"],
-            names,
-            names,
-            "mean cosine",
-            f"How alike the texts of two {kind}s are",
-            folder / f"{kind}_similarity.png",
-        )
-        pictures.append((f"{kind}_similarity.png", "Mean cosine of two texts' sentence vectors, for comparison."))
-        sections.append((f"{kind.capitalize()}s", pictures))
-
-    bits: dict[str, list[tuple[float, float, float]]] = {}
-    for layer in summary["layers"]:
-        for key, one in layer["information"].items():
-            bits.setdefault(f"I({key})", []).append((one["bits"], one["baseline"], one["highest"]))
-    if bits:
-        plots.information_bars(bits, layers, folder / "information.png")
-        caption = (
-            "Mutual information between the choice and what is known of a token. Only what stands out above the hatched "
-            "bar, which is the same with shuffled labels, means something."
-        )
-        sections.append(("What a choice follows", [("information.png", caption)]))
-
-    rows = sample_rows(trace, seed)
-    places = text_map(trace, rows, seed)
-    if places is not None:
-        colourings: dict[str, Sequence[str]] = {}
-        for kind, labels in zip(KINDS, (trace.texts.domains, trace.texts.languages), strict=True):
-            if labels is not None and kind not in summary["missing"]:
-                colourings[f"by {kind}"] = [labels[row] for row in rows]
-        row, what = len(layers) // 2, "group" if trace.num_groups > 1 else "most used expert"
-        colourings[f"by {what}, layer {layers[row]}"] = [f"{what} {choice}" for choice in text_groups(trace, row)[rows]]
-        plots.text_maps(places, colourings, folder / "map.png")
-        sections.append(
-            ("The map", [("map.png", "One dot per text, near where its vector is near. The same dots each time.")])
-        )
-
-    pictures = []
-    for number, view in enumerate(views):
-        plots.token_experts(view, layers, folder / f"sentence{number}.png")
-        pictures.append((f"sentence{number}.png", "A text, token by token, in the colours and numbers of its experts."))
-        if view.gate_weight is not None:
-            plots.gate_weights(view, layers, folder / f"gate{number}.png")
-            pictures.append((f"gate{number}.png", "The same text, as the attention gate weighs it to choose the groups."))
-    sections.append(("Inside a sentence", pictures))
-
-    plots.matrix_heatmaps(
-        [np.array(matrix) for matrix in summary["cka"]],
-        titles,
-        experts,
-        experts,
-        "CKA",
-        "How alike two experts' outputs are for the same tokens",
-        folder / "cka.png",
-        scale=(0, 1),
-    )
-    pictures = [
-        ("cka.png", "1: the same up to rotation and scale. A fresh mixture has 1 everywhere: experts begin as copies.")
-    ]
-    if summary["coactivation"]:
-        plots.matrix_heatmaps(
-            [np.array(one["share"]) for one in summary["coactivation"]],
-            [f"layer {one['from']} (down) to {one['to']} (across)" for one in summary["coactivation"]],
-            experts,
-            experts,
-            "share",
-            "Where the tokens of an expert go next",
-            folder / "coactivation.png",
-            scale=(0, 1),
-        )
-        pictures.append(
-            ("coactivation.png", "Of the tokens of the expert on the left, the share that the expert below takes, too.")
-        )
-    if "importance" in summary:
-        plots.matrix_heatmaps(
-            [np.array(summary["importance"]["lost"])],
-            [summary["importance"]["task"]],
-            titles,
-            experts,
-            "lost",
-            "What is lost without an expert",
-            folder / "importance.png",
-        )
-        pictures.append(
-            ("importance.png", "The fall of the main score when one expert is taken out and its tokens go elsewhere.")
-        )
-    sections.append(("The experts among themselves", pictures))
-
-    pictures = []
-    if "saturation" in summary:
-        saturation = summary["saturation"]
-        plots.saturation_curves(np.array(saturation["shares"]), saturation["checkpoints"], layers, folder / "saturation.png")
-        pictures.append(("saturation.png", "How many of the final choices each checkpoint made already."))
-        state = Path(checkpoints[-1]) / "trainer_state.json"
-        if state.is_file():
-            plots.training_curves(json.loads(state.read_text(encoding="utf-8"))["log_history"], folder / "curves.png")
-            pictures.append(("curves.png", "What was logged while training."))
-        sections.append(("Over the training", pictures))
-    return sections
-
-
-def _examples(trace: Trace) -> list[str]:
-    """A few texts to draw token by token: short enough to read, of different labels where there are labels."""
-    lengths = np.diff(trace.text_start)
-    labels = trace.texts.domains or trace.texts.languages or tuple("" for _ in lengths)
-    _, ids = label_ids(labels)
-    readable = [row for row in range(len(lengths)) if lengths[row] in EXAMPLE_TOKENS] or [int(lengths.argmin())]
-    chosen: dict[int, int] = {}
-    for row in readable:
-        chosen.setdefault(int(ids[row]), row)
-    rows = [*chosen.values(), *(row for row in readable if row not in chosen.values())][:EXAMPLES]
-    return [trace.texts.texts[row] for row in rows]
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b; background: #fafaf8; }
-body { max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; }
-h2 { margin-top: 2.6rem; border-bottom: 1px solid #d8d8d2; padding-bottom: .2rem; }
-.about { color: #555; }
-ol.findings { padding-left: 1.4rem; }
-ol.findings li { margin: .7rem 0; font-size: 1.05rem; }
-figure { margin: 1.4rem 0; padding: .8rem; background: #fff; border: 1px solid #e2e2dc; border-radius: 6px; }
-figure, .wide { overflow-x: auto; }
-img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
-figcaption { color: #444; font-size: .92rem; margin-top: .6rem; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e2dc; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-td.words { text-align: left; font-family: ui-monospace, monospace; }
-code { background: #eee; padding: .05rem .3rem; overflow-wrap: anywhere; }
-summary { cursor: pointer; color: #0059a8; margin: .6rem 0; }
-""".strip()
-
-
-def page(summary: Summary, sections: list[tuple[str, list[Picture]]], folder: Path) -> str:
-    """One HTML page with everything inside: no script, nothing from the network.
-
-    Args:
-        summary: As `analyze` makes it, with `findings`.
-        sections: Headline, and pictures in `folder` with their captions.
-        folder: Where the pictures are.
-    """
-    text = html.escape
-    name = Path(summary["model"]).name or summary["model"]
-    parts = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>Inside {text(name)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
-        f"<style>{STYLE}</style></head><body>",
-        f"<h1>Inside {text(name)}</h1>",
-        f'<p class="about">{_counted(summary["texts"], "text")}, {_counted(summary["tokens"], "token")}, '
-        f"{_counted(len(summary['layers']), 'sparse layer')} of {summary['num_experts']} experts in "
-        f"{_counted(summary['num_groups'], 'group')}.</p>",
-        '<ol class="findings">',
-        *(f"<li>{text(finding)}</li>" for finding in summary["findings"]),
-        "</ol>",
-    ]
-    for number, (headline, pictures) in enumerate(sections):
-        parts.append(f"<h2>{text(headline)}</h2>")
-        for file, caption in pictures:
-            data = base64.b64encode((folder / file).read_bytes()).decode()
-            parts.append(
-                f'<figure><img src="data:image/png;base64,{data}" alt="{text(caption)}"><figcaption>{text(caption)}'
-                "</figcaption></figure>"
-            )
-        if number == 0:
-            parts.append(_load_table(summary))
-    parts += ["<h2>Numbers</h2>", _information_table(summary), _pair_table(summary), _neighbour_table(summary)]
-    parts.append(_vocabulary_table(summary))
-    if summary["missing"]:
-        parts.append("<h2>What could not be said</h2><ul>")
-        parts += [f"<li>{text(reason)}</li>" for reason in summary["missing"].values()]
-        parts.append("</ul>")
-    skipped = "; ".join(f"{count} rows skipped: {reason}" for reason, count in summary["skipped"].items())
-    versions = ", ".join(f"{package} {number}" for package, number in summary["versions"].items())
-    parts.append(f'<p class="about">{text(summary["date"])}; {text(versions)}. {text(skipped)}</p>')
-    if summary["command"]:
-        parts.append(f"<p><code>{text(summary['command'])}</code></p>")
-    parts.append("<p>Every number is in <code>report.json</code> beside this page.</p></body></html>")
-    return "\n".join(part for part in parts if part) + "\n"
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count:,} {thing}" + ("" if count == 1 else "s")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str, *, words: bool = False) -> str:
-    if not rows:
-        return ""
-    kind = ' class="words"' if words else ""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for first, *others in rows:
-        cells = "".join(f"<td{kind}>{html.escape(cell)}</td>" for cell in others)
-        lines.append(f"<tr><td>{html.escape(first)}</td>{cells}</tr>")
-    return (
-        f'<details><summary>{html.escape(title)}</summary><div class="wide"><table>{"".join(lines)}</table></div></details>'
-    )
-
-
-def _load_table(summary: Summary) -> str:
-    head = ("layer", "effective experts", "entropy (1 is even)", "CV", "MaxVio", "idle experts", "mean P(chosen)")
-    rows = []
-    for layer in summary["layers"]:
-        load = layer["load"]
-        numbers = (load["effective_experts"], load["entropy"], load["cv"], load["max_vio"])
-        cells = [*(f"{number:.3f}" for number in numbers), str(load["dead_experts"]), f"{layer['confidence']:.3f}"]
-        rows.append([str(layer["layer"]), *cells])
-    return _table(head, rows, "The load in numbers")
-
-
-def _information_table(summary: Summary) -> str:
-    head = ("", "layer", "bits", "shuffled: mean", "shuffled: largest", "at most", "above chance", "of what could be known")
-    rows = []
-    for layer in summary["layers"]:
-        for key, one in layer["information"].items():
-            most = min(one["choice_entropy"], one["label_entropy"])
-            numbers = [f"{one[name]:.4f}" for name in ("bits", "baseline", "highest")] + [f"{most:.4f}"]
-            above = "yes" if one["is_above_chance"] else "no"
-            rows.append([f"I({key})", str(layer["layer"]), *numbers, above, f"{one['explained']:.1%}"])
-    return _table(head, sorted(rows), "Mutual information")
-
-
-def _pair_table(summary: Summary) -> str:
-    head = ("layer", "pairs", "same group as its positive", "same group as a negative")
-    rows = [
-        [str(layer["layer"]), str(pairs["pairs"]), f"{pairs['with_positive']:.1%}", f"{pairs['with_negatives']:.1%}"]
-        for layer in summary["layers"]
-        if (pairs := layer["pairs"])
-    ]
-    return _table(head, rows, "Queries and their positives")
-
-
-def _neighbour_table(summary: Summary) -> str:
-    head = ("nearest text has the same", "by sentence vector", "by routing alone", "by chance")
-    rows = [
-        [kind, *(f"{found[key]:.1%}" for key in ("by_vector", "by_routing", "chance"))]
-        for kind, found in summary["neighbours"].items()
-    ]
-    return _table(head, rows, "Routing as an embedding")
-
-
-def _vocabulary_table(summary: Summary) -> str:
-    rows = []
-    for layer in summary["layers"]:
-        for one in layer["vocabulary"]:
-            pairs = zip(one["tokens"], one["shares"], strict=True)
-            rows.append(
-                [
-                    f"layer {layer['layer']}, expert {one['expert']}",
-                    "  ".join(f"{token} {share:.0%}" for token, share in pairs),
-                ]
-            )
-    even = f"(even: {1 / summary['num_experts']:.0%})"
-    head = ("", f"its own tokens, and the share of them that it takes {even}")
-    return _table(head, rows, "Vocabulary of each expert", words=True)
+def _training_log(checkpoints: Sequence[str]) -> list[dict] | None:
+    """What the trainer logged up to the last checkpoint; None where it does not say."""
+    state = Path(checkpoints[-1]) / "trainer_state.json" if checkpoints else None
+    return json.loads(state.read_text(encoding="utf-8"))["log_history"] if state and state.is_file() else None
