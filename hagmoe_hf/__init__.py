@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
 
@@ -27,6 +28,7 @@ from .version import __version__
 
 AutoConfig.register(HagMoeConfig.model_type, HagMoeConfig, exist_ok=True)
 AutoModel.register(HagMoeConfig, HagMoeModel, exist_ok=True)
+AutoModelForTextEncoding.register(HagMoeConfig, HagMoeModel, exist_ok=True)
 AutoModelForMaskedLM.register(HagMoeConfig, HagMoeForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(HagMoeConfig, HagMoeForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(HagMoeConfig, HagMoeForTokenClassification, exist_ok=True)

@@ -27,6 +27,10 @@ BATCH_SIZE = 32
 # Mean probability of the chosen group or expert. At the uniform value all texts would change sides together with the first
 # small change; near 1 the gates would get no gradient.
 CONFIDENCE = 0.75
+# How far a gate's highest logit may lie above their mean, where inputs differ so little that this confidence is out of reach
+LARGEST_GAP = 20.0
+# States that lie so near each other, against their own size, differ by rounding
+LEAST_SPREAD = 1e-4
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
@@ -70,11 +74,11 @@ def calibrate(mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: Sequenc
     Args:
         mixture: A mixture whose experts are still equal, so that its states do not depend on its routing.
         tokenize: Texts to `input_ids` and `attention_mask`, truncated.
-        texts: At least `num_experts` texts that are not empty; of more than `MOST_TEXTS` a random sample is taken.
+        texts: At least `num_experts` different texts that are not empty; of more than `MOST_TEXTS` a random sample is taken.
         seed: Seed of that sample and of the clustering.
 
     Raises:
-        ValueError: `texts` is a single text, or holds something else than texts, or too few.
+        ValueError: `texts` is a single text, or holds something else than texts, or too few different ones.
     """
     _check(texts, mixture.config.num_experts)
     generator = torch.Generator().manual_seed(seed)
@@ -93,12 +97,17 @@ def _check(texts: Sequence[str], num_experts: int) -> None:
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
         raise ValueError(f"calibration_texts holds {wrong!r} of type {type(wrong).__name__}; allowed: a list of texts.")
-    usable = sum(bool(text.strip()) for text in texts)
+    usable = len({text.strip() for text in texts} - {""})
     if usable < num_experts:
         raise ValueError(
-            f"calibration_texts holds {usable} texts that are not empty; allowed: at least num_experts={num_experts}, "
-            "better some hundreds from every domain and language."
+            f"calibration_texts holds {usable} different texts that are not empty; allowed: at least "
+            f"num_experts={num_experts}, better some hundreds from every domain and language."
         )
+    for row, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"calibration_texts[{row}] is not UTF-8 ({error.reason}); allowed: texts.") from error
 
 
 @dataclass(frozen=True)
@@ -187,12 +196,13 @@ def _start_router(router: HagMoeRouter, seen: _Seen, generator: torch.Generator)
 
 def _gate(inputs_ND: Tensor, weights_N: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Weights (C, D) of a gate whose choices are even clusters of its inputs, and biases (C,) for what is left uneven."""
-    if len(inputs_ND) < clusters:  # a group that no sampled token entered: any distinct directions will do
-        return torch.randn(clusters, inputs_ND.shape[-1], generator=generator) * 0.02, torch.zeros(clusters)
-    mean_D = inputs_ND.mean(0)
+    mean_D = inputs_ND.mean(0) if len(inputs_ND) else inputs_ND.new_zeros(inputs_ND.shape[-1])
     centred_ND = inputs_ND - mean_D
     # One length for all, so that neither long nor far-off texts decide; the gate itself compares directions alone
     size = centred_ND.norm(dim=-1).mean()
+    # A group that no sampled token entered, or only equal ones: any distinct directions will do
+    if len(inputs_ND) < clusters or size < LEAST_SPREAD * inputs_ND.norm(dim=-1).mean():
+        return torch.randn(clusters, inputs_ND.shape[-1], generator=generator) * 0.02, torch.zeros(clusters)
     keys_CD, offset_C = even_k_means(centred_ND / size, weights_N, clusters, generator)
     constant_D = _constant_functional(centred_ND, mean_D)
     keys_CD = keys_CD / size + (offset_C - keys_CD @ mean_D / size).unsqueeze(-1) * constant_D
@@ -251,9 +261,10 @@ def _constant_functional(centred_ND: Tensor, mean_D: Tensor) -> Tensor:
 
 
 def _scale_for(logits_NC: Tensor, confidence: float) -> float:
-    """The factor on the logits at which the most probable choice has that mean probability."""
+    """The factor on the logits at which the most probable choice has that mean probability, or their gap is the largest."""
     low, high = 0.0, 1.0
-    while high < 2**20 and (logits_NC * high).softmax(-1).amax(-1).mean() < confidence:
+    most = LARGEST_GAP / max(float((logits_NC.amax(-1) - logits_NC.mean(-1)).mean()), 1e-6)
+    while high < most and (logits_NC * high).softmax(-1).amax(-1).mean() < confidence:
         low, high = high, 2 * high
     for _ in range(20):
         middle = (low + high) / 2
@@ -261,7 +272,7 @@ def _scale_for(logits_NC: Tensor, confidence: float) -> float:
             low = middle
         else:
             high = middle
-    return high
+    return min(high, most)
 
 
 def balancing_bias(scores_NC: Tensor, weights_N: Tensor, steps: int = 200) -> Tensor:

@@ -114,6 +114,7 @@ class HagMoeConfig(PreTrainedConfig):
     """
 
     model_type = "hagmoe"
+    keys_to_ignore_at_inference: ClassVar[Any] = ["aux_loss", "router_logits", "expert_index"]  # by the stock Trainer
     # Experts are no part of the tensor-parallel plan: summed over ranks, their output biases would count several times.
     # The plan below shards them by expert instead.
     base_model_tp_plan = {

@@ -63,6 +63,9 @@ COMMON_FIELDS = (
     "bos_token_id",
     "eos_token_id",
     "tie_word_embeddings",
+    "output_hidden_states",  # which later modules of a SentenceTransformer may weigh
+    "output_attentions",
+    "return_dict",
     "problem_type",
     "id2label",
     "label2id",

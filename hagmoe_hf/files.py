@@ -16,12 +16,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     A process that is killed leaves at most a folder named `.NAME.partial-*`, never a half-written `path`.
 
     Args:
-        path: The folder to be; an empty folder of that name is replaced.
+        path: The folder to be; an empty folder of that name is replaced, a link is followed.
 
     Raises:
-        FileExistsError: `path` exists and is not an empty folder, at the start or (another process was faster) at the end.
+        FileExistsError: `path` exists and is not an empty folder, at the start or (another process was faster) at the end;
+            or it is a mount point, which nothing can replace.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -105,5 +106,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def _refuse_existing(target: Path) -> None:
+    if os.path.ismount(target):
+        raise FileExistsError(f"{target} is a mount point; allowed: a new name inside it.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists; allowed: a new name, or an empty folder.")

@@ -47,10 +47,18 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, feeds_linear:
 
 
 def activate(act_fn: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    """`act_fn(states)`, in place where no gradient needs `states`: a second large temporary costs page faults."""
-    if isinstance(act_fn, GELUActivation) and act_fn.act is F.gelu and is_plain_inference(states, states):
+    """`act_fn(states)`, in place where no gradient needs `states`: a second large temporary costs page faults.
+
+    A hook on `act_fn` sees its input as it was, and may change its output.
+    """
+    is_gelu = isinstance(act_fn, GELUActivation) and act_fn.act is F.gelu
+    if is_gelu and not _has_hooks(act_fn) and is_plain_inference(states, states):
         return torch.ops.aten.gelu_(states)
     return act_fn(states)
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_plain_inference(states: Tensor, weight: Tensor) -> bool:

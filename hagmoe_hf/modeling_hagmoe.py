@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -694,12 +695,12 @@ def naming_damaged_weights(source: str) -> Iterator[None]:
 
 
 def refuse_non_finite(model: nn.Module, source: str) -> None:
-    """Raise where a weight of `model` holds NaN or infinity, which would silently spoil every vector.
+    """Raise where a weight or a balancing bias of `model` holds NaN or infinity, which would silently spoil every vector.
 
     Raises:
         ValueError: Names the first such weight and `source`.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):
         tensor = parameter.detach()
         # A sum is one pass over memory and keeps NaN and infinity; subclasses (quantised, sharded) check themselves
         is_plain = type(tensor) is Tensor and tensor.is_floating_point() and not tensor.is_meta

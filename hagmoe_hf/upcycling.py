@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -163,6 +164,9 @@ def upcycle(
         "combine_rule": combine_rule,
     }
 
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} is not possible; allowed: an integer from 0 to {2**32 - 1}.")
+    seed = int(seed)
     texts = None if calibration_texts is None else _text_list(calibration_texts)
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
@@ -369,7 +373,7 @@ def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Iterable[int] | None
     if sparse_layers is None:
         return default_mlp_layer_types(num_hidden_layers)
     layers = [] if isinstance(sparse_layers, str) or not isinstance(sparse_layers, Iterable) else list(sparse_layers)
-    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+    if not layers or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in layers):
         raise ValueError(f"sparse_layers={sparse_layers!r} is not possible; allowed: a list of layer numbers, or None.")
     out_of_range = [layer for layer in layers if not -num_hidden_layers <= layer < num_hidden_layers]
     if out_of_range:

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from conftest import TINY, spread
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
@@ -154,6 +155,20 @@ def test_a_metric_that_nobody_measures_ends_in_one_line(tmp_path, tiny_parent, p
     assert "error: The `metric_for_best_model` training argument is set to 'eval_nope'" in error
     assert "'eval_loss'" in error
     assert "Traceback" not in error
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, tiny_parent, monkeypatch, capsys):
+    """safetensors has an error of its own for it, which is no OSError."""
+
+    def full(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert hagmoe("upcycle", tiny_parent, tmp_path / "out", monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):

@@ -44,6 +44,19 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert (tmp_path / "empty/weights").read_text() == "whole"
 
 
+def test_a_link_is_followed_and_a_mount_point_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as partial:
+        (partial / "weights").write_text("whole")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/weights").read_text() == "whole"
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(FileExistsError, match="volume is a mount point; allowed: a new name inside it"):
+        new_folder(tmp_path / "volume").__enter__()
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_picture_is_whole_or_not_there(suffix, tmp_path, monkeypatch):
     path = write_figure(drawing(), tmp_path / f"deep/a.{suffix}")

@@ -435,6 +435,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
+def test_balancing_biases_that_are_not_finite_are_refused_by_name(tmp_path):
+    """They would choose the same experts for every text, with finite vectors that look right."""
+    model = tiny_model()
+    model.layers[1].mlp.router.group_bias.fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.router\.group_bias in .* holds NaN or infinity"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_a_truncated_weights_file_is_refused_with_its_folder(tmp_path):
     """safetensors says that a header is incomplete, but not where."""
     tiny_model().save_pretrained(tmp_path)
@@ -479,6 +488,22 @@ def test_a_hook_sees_what_a_module_computed():
         model(ids)
     model(ids)
     assert torch.allclose(seen[0], seen[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "sparse"])
+def test_a_hook_on_an_activation_changes_what_follows(layer):
+    """Somebody who switches an activation off, to see what it is for, must not be told that it does nothing."""
+    model = spread(HagMoeModel(tiny_config()))
+    ids = torch.randint(3, 99, (2, 10))
+    mlp = model.layers[layer].mlp
+    activations = [mlp.experts.act_fn, mlp.shared_expert.act_fn] if model.layers[layer].is_sparse else [mlp.act_fn]
+    with torch.no_grad():
+        before = model(ids).last_hidden_state
+        for activation in activations:
+            hook = activation.register_forward_hook(lambda module, inputs, output: output * 0)
+            assert (model(ids).last_hidden_state - before).abs().max() > 1e-3
+            hook.remove()
+        assert torch.equal(model(ids).last_hidden_state, before)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

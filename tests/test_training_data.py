@@ -132,6 +132,35 @@ def test_sources_that_cannot_be_are_refused(tmp_path):
         load_rows([empty], PAIR)
 
 
+def test_csv_that_would_be_misread_is_counted_or_refused(tmp_path):
+    """One unclosed quote would make a text of all the rows after it, and a comma too many would cut one short."""
+    path = tmp_path / "x.csv"
+    path.write_text("anchor,positive\none,eins\n\nhow, exactly,like this\nalone\ntwo,zwei\n")
+    rows, report = load_rows([str(path)], PAIR)
+    assert rows["train"]["anchor"] == ["one", "two"]
+    assert report.skipped == {"not as many values as the header": 2}
+    path.write_text('anchor,positive\nq,"an unclosed quote\n' + "".join(f"q{i},answer {i}\n" for i in range(9)))
+    with pytest.raises(ValueError, match=r"x.csv, line \d+: unexpected end of data; allowed: CSV whose quotes"):
+        load_rows([str(path)], PAIR)
+    path.write_text("anchor,positive,positive\na,b,c\n")
+    with pytest.raises(ValueError, match=r"x.csv has the column 'positive' 2 times; allowed: once"):
+        load_rows([str(path)], PAIR)
+    path.write_text("anchor,positive\n")
+    with pytest.raises(ValueError, match=r"No row is left of 0"):
+        load_rows([str(path)], PAIR)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"has no column 'anchor'; allowed: its columns \[\]"):
+        load_rows([str(path)], PAIR)
+
+
+def test_a_line_too_deep_to_parse_is_one_bad_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"anchor": "a", "positive": "b"}\n' + '{"anchor": ' + "[" * 100_000 + "\n")
+    rows, report = load_rows([str(path)], PAIR)
+    assert rows["train"]["anchor"] == ["a"]
+    assert report.skipped == {"not a JSON object": 1}
+
+
 def test_a_very_long_text_is_read_from_csv(tmp_path):
     """The csv module's own limit is 131,072 characters."""
     rows, _ = load_rows([write(tmp_path / "x.csv", [{"anchor": "word " * 60_000, "positive": "x"}])], PAIR)

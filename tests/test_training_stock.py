@@ -3,11 +3,14 @@
 import pytest
 import torch
 from balance_helpers import arguments, features, gradients, pairs
+from conftest import spread, tiny_config
 from sentence_transformers import (
     SentenceTransformerTrainer,
 )
 from sentence_transformers.sentence_transformer import losses as st_losses
+from transformers import Trainer, TrainingArguments
 
+from hagmoe_hf import HagMoeForSequenceClassification
 from hagmoe_hf.training.router_callback import RouterCallback
 
 LOSSES = {
@@ -20,6 +23,21 @@ LOSSES = {
     "CoSENT": (lambda m: st_losses.CoSENTLoss(m), pairs(8, score=[i / 8 for i in range(8)])),
     "Triplet": (lambda m: st_losses.TripletLoss(m), pairs(8, negative=["something else entirely"] * 8)),
 }
+
+
+def test_the_stock_trainer_evaluates_logits_alone_also_with_routing_on(tmp_path):
+    """A user's compute_metrics knows nothing of routers, and their logits of a whole evaluation set need not be kept."""
+    model = spread(HagMoeForSequenceClassification(tiny_config(output_router_logits=True)))
+    rows = [{"input_ids": [1 + row % 90, 5, 6], "labels": row % 2} for row in range(12)]
+    shapes = []
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), per_device_eval_batch_size=5, report_to="none", use_cpu=True),
+        eval_dataset=rows,
+        compute_metrics=lambda found: shapes.append(found.predictions.shape) or {},
+    )
+    trainer.evaluate()
+    assert shapes == [(12, 2)]
 
 
 @pytest.mark.parametrize(("make_loss", "data"), LOSSES.values(), ids=LOSSES.keys())

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODES, TINY, route_hard, spread
@@ -217,6 +218,9 @@ REFUSED = {
     "softmax": ({"combine_rule": "softmax"}, "combine_rule='softmax' cannot be upcycled"),
     "groups": ({"n_group": 3}, "n_group=3 is not possible; allowed: a divisor of num_experts=8"),
     "groups as text": ({"n_group": "4"}, "'n_group' expected int, got str"),
+    "seed as text": ({"seed": "0"}, "seed='0' is not possible; allowed: an integer from 0 to 4294967295"),
+    "seed too large": ({"seed": 2**32}, "seed=4294967296 is not possible"),
+    "no seed": ({"seed": None}, "seed=None is not possible"),
     "layers as truth": ({"sparse_layers": [True]}, r"sparse_layers=\[True\] is not possible"),
 }
 
@@ -317,3 +321,19 @@ def test_a_checkpoint_without_pooler_gives_a_mixture_without_pooler_also_after_s
     assert mixture.pooler is None
     mixture.save_pretrained(tmp_path / "mixture")
     assert AutoModel.from_pretrained(tmp_path / "mixture").pooler is None
+
+
+def test_numbers_of_numpy_are_numbers():
+    mixture = upcycle(tiny_parent(), sparse_layers=np.array([0, 2]), seed=np.int64(3))
+    assert mixture.config.sparse_layers == [0, 2]
+
+
+def test_what_the_parent_outputs_the_mixture_outputs():
+    """Modules after the encoder may weigh its hidden states; without them they would quietly do something else."""
+    parent = tiny_parent(output_hidden_states=True)
+    ids = torch.arange(5, 12).unsqueeze(0)
+    mixture = upcycle(parent)
+    assert len(mixture(ids).hidden_states) == len(parent(ids).hidden_states) == 4
+    for ours, theirs in zip(mixture(ids).hidden_states, parent(ids).hidden_states, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert isinstance(upcycle(tiny_parent(return_dict=False))(ids), tuple)

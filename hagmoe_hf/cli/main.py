@@ -10,6 +10,7 @@ import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .. import demo as demo_room
@@ -129,6 +130,6 @@ def main() -> None:
     """Run `hagmoe`; what a user can mend ends in one line on stderr instead of a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(1)

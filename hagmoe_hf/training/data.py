@@ -199,8 +199,8 @@ def read_columns(
             return _from_table(pq.read_table(path, columns=names)), Counter()
         # Bytes that are not UTF-8 become lone surrogates, which `_clean` finds in the columns that matter
         text = path.read_bytes().decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
-        records, broken = (_from_jsonl if path.suffix == ".jsonl" else _from_csv)(text)
-        names = _chosen(source, wanted, optional, {name: None for record in records for name in record})
+        present, records, broken = _from_jsonl(text) if path.suffix == ".jsonl" else _from_csv(source, text)
+        names = _chosen(source, wanted, optional, present)
         return {name: [record.get(name) for record in records] for name in names}, broken
     if path.is_file():
         raise ValueError(f"{source} has an unknown ending; allowed: {_ENDINGS}.")
@@ -230,25 +230,40 @@ def _texts_or_values(column: pa.ChunkedArray) -> list[Any]:
     return column.to_pylist()
 
 
-def _from_jsonl(text: str) -> tuple[list[dict[str, Any]], Counter[str]]:
+def _from_jsonl(text: str) -> tuple[Iterable[str], list[dict[str, Any]], Counter[str]]:
+    """Columns, rows, and why how many lines are none."""
     records, broken = [], Counter[str]()
     for line in text.split("\n"):  # not splitlines: a JSON string may hold other line separators
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
         else:
             broken["not a JSON object"] += 1
-    return records, broken
+    return {name: None for record in records for name in record}, records, broken
 
 
-def _from_csv(text: str) -> tuple[list[dict[str, Any]], Counter[str]]:
+def _from_csv(source: str, text: str) -> tuple[Iterable[str], list[dict[str, Any]], Counter[str]]:
+    """Columns, rows, and how many rows do not fit the header.
+
+    Raises:
+        ValueError: A quote that nothing closes, which would swallow the rows after it, or a column that is there twice.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a text may be longer than the module's 128 KiB
-    return list(csv.DictReader(io.StringIO(text, newline=""))), Counter()
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header, *rows = [row for row in reader if row] or [[]]  # an empty line is no row
+    except csv.Error as error:
+        raise ValueError(f"{source}, line {reader.line_num}: {error}; allowed: CSV whose quotes are all closed.") from error
+    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{source} has the column {twice[0]!r} {header.count(twice[0])} times; allowed: once.")
+    records = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    return header, records, +Counter({"not as many values as the header": len(rows) - len(records)})
 
 
 def _clean(
