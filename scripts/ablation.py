@@ -24,7 +24,12 @@ def main() -> None:
     what.add_argument(
         "--parting", type=Path, nargs="+", metavar="RESULT", help="what parted experts do to pairs in these runs"
     )
+    what.add_argument(
+        "--by-length", type=Path, nargs="+", metavar="RESULT", help="scores of --set in these runs, texts cut to --lengths"
+    )
     what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
+    parser.add_argument("--set", default="retrieval/wiki_description_en", help="with --by-length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 256], help="with --by-length: tokens")
     parser.add_argument("--inputs", type=Path, default=Path("build/ablation/inputs"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/ablation"))
     parser.add_argument("--work", type=Path, default=Path("build/ablation/work"), help="checkpoints")
@@ -66,6 +71,11 @@ def main() -> None:
 
         for result in args.parting:
             add_parting(result, args.work, args.inputs, command)
+    elif args.by_length:
+        from ablation.run import add_lengths
+
+        for result in args.by_length:
+            add_lengths(result, args.set, args.lengths, args.work, args.inputs, command)
     elif args.score:
         from ablation.run import add_kit_scores
 

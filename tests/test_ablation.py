@@ -16,6 +16,7 @@ import torch
 from ablation import budgets, inputs, loop, report, results, run, scoring
 from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
 from ablation.budgets import Budget
+from ablation.lengths import scores_by_length
 from ablation.loop import Contrastive, Setting
 from ablation.models import build, parameter_groups
 from ablation.parting import mean_with_error, one_group, parting, reciprocal_ranks
@@ -371,6 +372,20 @@ def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs,
                 side = to_either_side.view(-1, *[1] * (stack.dim() - 1))
                 stack.copy_(encoder.layers[layer].mlp.experts.get_parameter(name) + 4 + side)
     assert parting(model, dense, encoder, dev)["expert_distance"] == pytest.approx([1 / 4, 1 / 4])
+
+
+def test_scores_by_length_are_those_of_texts_that_were_cut(prepared):
+    """Untrained, the two are one model; a finding about lengths must come from lengths, and leave the model as it was."""
+    mixture, dense = model_of(HAG, prepared), model_of(DENSE, prepared)
+    weights = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    (kit_set,) = (one for one in scoring.kit_sets(prepared / "kit") if one.key == "retrieval/arxiv_tags")
+    found = scores_by_length(mixture, dense, kit_set, [4, 64])
+    assert set(found) == {"4", "64"}
+    for scores in found.values():
+        assert scores == pytest.approx(dict.fromkeys(("as trained", "dense", "experts merged"), scores["dense"]))
+    assert found["4"]["dense"] != pytest.approx(found["64"]["dense"])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in mixture.state_dict().items())
+    assert mixture.max_seq_length == dense.max_seq_length
 
 
 def test_an_error_over_domains_is_that_of_their_means():

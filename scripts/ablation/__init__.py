@@ -8,6 +8,7 @@ routers   routing that is not learned: by token, by text, by the true domain
 loop      one run: training, checkpoints, the curve on held-out pairs
 scoring   held-out ranking, and the kit's sets through recorded vectors
 run       which runs a table needs, one after the other, each a JSON file
+parting   what parted experts do to pairs            lengths  and to long and short texts
 results   the files of results: names, what is still due, the best rate
 report    the files become tables and a verdict        plots  and pictures
 """

@@ -21,6 +21,7 @@ from ablation import loop, scoring
 from ablation.arms import DENSE, Arm
 from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_texts, load_pairs
+from ablation.lengths import scores_by_length
 from ablation.loop import Run, Setting
 from ablation.models import build
 from ablation.parting import parting
@@ -144,17 +145,43 @@ def _untrained(result: dict, inputs: Path) -> SentenceTransformer:
 
 def add_parting(result: Path, work: Path, inputs: Path, command: str) -> None:
     """Put what parted experts do to pairs, in one run against the dense parent's, into `parting.json` beside its result."""
+    entry, mixture, dense = _with_dense(result, work, inputs)
+    start = sentence.encoder_of(_untrained(entry, inputs))
+    dev = load_pairs(inputs, "dev", entry["budget"]["max_length"], "cpu")
+    _add_finding("parting.json", result, entry, parting(mixture, dense, start, dev), command)
+
+
+def add_lengths(result: Path, kit_set: str, lengths: list[int], work: Path, inputs: Path, command: str) -> None:
+    """Put a run's scores of a set (like "retrieval/arxiv_tags") by length of text into `lengths.json` beside its result.
+
+    Raises:
+        ValueError: The kit has no such set.
+    """
+    sets = {one.key: one for one in scoring.kit_sets(inputs / "kit")}
+    if kit_set not in sets:
+        raise ValueError(f"set {kit_set!r} is not in {inputs / 'kit'}; allowed: {', '.join(sorted(sets))}.")
+    entry, mixture, dense = _with_dense(result, work, inputs)
+    found = {"set": kit_set, "score": scores_by_length(mixture, dense, sets[kit_set], lengths)}
+    _add_finding("lengths.json", result, entry, found, command)
+
+
+def _with_dense(result: Path, work: Path, inputs: Path) -> tuple[dict, SentenceTransformer, SentenceTransformer]:
+    """A result, its trained model, and the dense parent trained alike; both from kept weights."""
     entry = json.loads(result.read_text(encoding="utf-8"))
-    dense = result.with_name(f"{run_name(DENSE, entry['learning_rate'], entry['seed'])}.json")
-    found = parting(
-        kept_model(entry, work, inputs),
-        kept_model(json.loads(dense.read_text(encoding="utf-8")), work, inputs),
-        sentence.encoder_of(_untrained(entry, inputs)),
-        load_pairs(inputs, "dev", entry["budget"]["max_length"], "cpu"),
-    )
-    path = result.with_name("parting.json")
+    dense = json.loads(result.with_name(_dense_of(entry)).read_text(encoding="utf-8"))
+    return entry, kept_model(entry, work, inputs), kept_model(dense, work, inputs)
+
+
+def _dense_of(entry: dict) -> str:
+    return f"{run_name(DENSE, entry['learning_rate'], entry['seed'])}.json"
+
+
+def _add_finding(name: str, result: Path, entry: dict, found: dict, command: str) -> None:
+    """Put what was found about a run into a file beside its result."""
+    path = result.with_name(name)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known[result.stem] = {"command": command, "commit": entry["commit"], "dense": dense.stem, **found}
+    about = {"command": command, "commit": entry["commit"], "dense": Path(_dense_of(entry)).stem}
+    known[result.stem] = {**about, **found}
     write_text(path, json.dumps(known, indent=1) + "\n")
 
 
