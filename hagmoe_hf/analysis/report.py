@@ -134,8 +134,9 @@ def _saturation(
     shares = []
     for checkpoint in checkpoints:
         earlier = sentence.load(checkpoint)
-        # Two runs may both have a checkpoint-500, and other texts may be looked at the next time
-        key = hashlib.sha256(f"{sentence.fingerprint(earlier)} {probe.texts}".encode()).hexdigest()[:16]
+        # Two runs may both have a checkpoint-500, and the next time other texts or another prompt may be looked at
+        about = f"{sentence.fingerprint(earlier)} {probe.texts} {options['prompt']}"
+        key = hashlib.sha256(about.encode()).hexdigest()[:16]
         early = record(earlier, probe, output / "checkpoints" / f"{Path(checkpoint).name}-{key}", **options)
         if early.expert_index.shape != final.expert_index.shape:
             raise ValueError(
