@@ -71,7 +71,7 @@ def test_stock_contestants_compute_padding(contestants):
 
 def test_a_run_writes_every_workload_and_resumes(tiny_parent, tmp_path, monkeypatch):
     """An interrupted benchmark must not start again, nor mix with one that was run otherwise."""
-    nothing = {"loading": {"speed against the parent": {}, "seconds": {}}, "memory": None}
+    nothing = {"loading": {"speed against the parent": {}, "seconds": {}, "rounds": 1}, "memory": None}
     monkeypatch.setattr(workloads, "load_and_memory", lambda *_: nothing)
     monkeypatch.setattr(workloads, "QUERY_TOKENS", (8,))
     monkeypatch.setattr("hagmoe_hf.benchmark.command.NUM_TEXTS", 64)
@@ -128,11 +128,11 @@ def test_a_profile_names_layers_and_operations(contestants, tmp_path):
 def test_a_report_shows_every_contestant_it_has_a_figure_for(tmp_path):
     """A contestant that was not run must be an empty cell, not another's figure."""
     spread = {"lower quartile": 1.0, "median": 1.25, "upper quartile": 1.5}
-    one = {"speed against the parent": {"parent": spread}, "seconds": {"parent": spread}}
+    one = {"speed against the parent": {"parent": spread}, "seconds": {"parent": spread}, "rounds": 3}
     text = report.markdown(
         {
             "contestants": ["parent", "absent"],
-            "workloads": {"encode": one},
+            "workloads": {"encode": one, "loading and memory": {"loading": one | {"rounds": 1}}},
             "command": "c",
             "date": "d",
             "processor": "p",
@@ -140,8 +140,8 @@ def test_a_report_shows_every_contestant_it_has_a_figure_for(tmp_path):
             "versions": {"torch": "1"},
         }
     )
-    assert "| parent | 1.25 [1.00, 1.50] |" in text
-    assert "| absent |  |" in text
+    assert "| parent | 1.25 [1.00, 1.50] | 1.25 |" in text, "what was timed once has no spread"
+    assert "| absent |  |  |" in text
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     RerankingEvaluator,
 )
 
+from hagmoe_hf import sentence
 from hagmoe_hf.evaluation import models, runner
 from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.evaluation.tasks import local_task
@@ -127,17 +128,17 @@ def test_two_local_models_keep_their_own_scores(sets, tiny_folders, tmp_path):
 def test_the_fingerprint_is_of_the_model_and_not_of_its_folder(tiny_folders, tmp_path):
     """A moved folder would be computed anew; a model that was trained further in place would keep its old scores."""
     model = SentenceTransformer(tiny_folders[0], device="cpu")
-    before = models.fingerprint(model)
+    before = sentence.fingerprint(model)
     model.save_pretrained(str(tmp_path / "elsewhere"))
     model.encode("encoding sets padding in the tokenizer")
-    assert models.fingerprint(model) == before
-    assert models.fingerprint(SentenceTransformer(str(tmp_path / "elsewhere"), device="cpu")) == before
+    assert sentence.fingerprint(model) == before
+    assert sentence.fingerprint(SentenceTransformer(str(tmp_path / "elsewhere"), device="cpu")) == before
     model.prompts = {"query": "query: "}
-    assert models.fingerprint(model) != before
+    assert sentence.fingerprint(model) != before
     model.prompts = SentenceTransformer(tiny_folders[0], device="cpu").prompts
-    assert models.fingerprint(model) == before
+    assert sentence.fingerprint(model) == before
     next(model.parameters()).data[0, 0] += 1e-3
-    assert models.fingerprint(model) != before
+    assert sentence.fingerprint(model) != before
 
 
 KILLED = """

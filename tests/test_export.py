@@ -167,7 +167,7 @@ def test_texts_of_about_equal_length_run_together(lengths, left):
 def test_two_graphs_of_one_mixture_are_two_models_for_the_evaluation(exported):
     """Otherwise int8 would get the scores of float32."""
     pytest.importorskip("mteb")
-    from hagmoe_hf.evaluation.models import fingerprint
+    from hagmoe_hf.sentence import fingerprint
 
     _, folder, _ = exported
     assert fingerprint(load(folder)) != fingerprint(load(folder, INT8_FILE))
