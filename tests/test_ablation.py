@@ -19,7 +19,7 @@ from ablation.budgets import Budget
 from ablation.lengths import scores_by_length
 from ablation.loop import Contrastive, Setting
 from ablation.models import build, parameter_groups
-from ablation.parting import mean_with_error, one_group, parting, reciprocal_ranks
+from ablation.parting import mean_with_error, merged_experts, one_group, parting, ranks_by_merging, reciprocal_ranks
 from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
 from evaluation_helpers import shipped_rows, write_rows
@@ -365,6 +365,14 @@ def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs,
     found = parting(model, dense, encoder, dev)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "it is left as it was"
     assert found["macro_mrr"]["as trained"] == pytest.approx(100 * np.mean(list(scoring.dev_scores(model, dev)[0].values())))
+    merged = ranks_by_merging(model, dev, [0, 0.5, 1])
+    assert merged["0"] == pytest.approx(found["macro_mrr"]["as trained"])
+    assert merged["1"] == pytest.approx(found["macro_mrr"]["experts merged"])
+    with torch.no_grad(), merged_experts(sentence.encoder_of(model), 0.25):
+        stack = sentence.encoder_of(model).layers[0].mlp.experts.up_proj
+        before = weights["0.model.layers.0.mlp.experts.up_proj"]
+        assert torch.allclose(stack, 0.75 * before + 0.25 * before.mean(0), atol=1e-6)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     to_either_side = torch.tensor([1.0, -1.0]).repeat(4)
     with torch.no_grad():
         for layer in encoder.config.sparse_layers:

@@ -5,7 +5,7 @@ gain? Three answers from the same held-out pairs: ranks by how many layers send 
 one group opened for every text; and ranks with the experts merged into their mean, which leaves a dense model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -143,17 +143,28 @@ def one_group(encoder: HagMoeModel, group: int) -> Iterator[None]:
 
 
 @contextmanager
-def merged_experts(encoder: HagMoeModel) -> Iterator[None]:
-    """Every routed expert is the mean of its layer's."""
+def merged_experts(encoder: HagMoeModel, part: float = 1.0) -> Iterator[None]:
+    """Every routed expert lies so far on the way to the mean of its layer's: 0 as it is, 1 the mean itself."""
     stacks = [stack for layer in encoder.config.sparse_layers for stack in encoder.layers[layer].mlp.experts.parameters()]
     kept = [stack.clone() for stack in stacks]
     for stack in stacks:
-        stack.copy_(stack.mean(0, keepdim=True).expand_as(stack))
+        stack.lerp_(stack.mean(0, keepdim=True).expand_as(stack), part)
     try:
         yield
     finally:
         for stack, values in zip(stacks, kept, strict=True):
             stack.copy_(values)
+
+
+@torch.inference_mode()
+def ranks_by_merging(mixture: SentenceTransformer, dev: Pairs, parts: Sequence[float]) -> dict[str, float]:
+    """Held-out macro MRR, 0 to 100, with the experts merged in part: part -> score."""
+    found = {}
+    for part in parts:
+        with merged_experts(sentence.encoder_of(mixture.eval()), part):
+            ranks = reciprocal_ranks(mixture, dev)[0]
+        found[f"{part:g}"] = mean_with_error(by_domain(100 * ranks, dev))["mean"]
+    return found
 
 
 def by_domain(values: np.ndarray, dev: Pairs) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from ablation.inputs import Pairs, calibration_texts, load_pairs
 from ablation.lengths import scores_by_length
 from ablation.loop import Run, Setting
 from ablation.models import build
-from ablation.parting import parting
+from ablation.parting import parting, ranks_by_merging
 from ablation.results import due, read_results, run_name
 from hagmoe_hf import sentence
 from hagmoe_hf.files import new_file, write_text
@@ -163,6 +163,15 @@ def add_lengths(result: Path, kit_set: str, lengths: list[int], work: Path, inpu
     entry, mixture, dense = _with_dense(result, work, inputs)
     found = {"set": kit_set, "score": scores_by_length(mixture, dense, sets[kit_set], lengths)}
     _add_finding("lengths.json", result, entry, found, command)
+
+
+def add_merging(result: Path, parts: list[float], work: Path, inputs: Path, command: str) -> None:
+    """Put a run's held-out macro MRR with its experts merged in part into `merging.json` beside its result."""
+    entry = json.loads(result.read_text(encoding="utf-8"))
+    budget = entry["budget"]
+    dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
+    found = {"held_out_mrr": ranks_by_merging(kept_model(entry, work, inputs), dev, parts)}
+    _add_finding("merging.json", result, entry, found, command)
 
 
 def _with_dense(result: Path, work: Path, inputs: Path) -> tuple[dict, SentenceTransformer, SentenceTransformer]:
