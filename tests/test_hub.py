@@ -195,3 +195,17 @@ def test_a_missing_folder_is_refused_in_one_line(monkeypatch, capsys):
         main()
     assert stop.value.code == 1
     assert "is no folder; allowed: a folder that a model was saved to" in capsys.readouterr().err
+
+
+def test_a_push_that_fails_says_why_and_leaves_the_model_as_it_was(monkeypatch):
+    """A wrong token once ended in a missing attribute of ours."""
+
+    def refused(*arguments, **options):
+        raise OSError("401: no such token")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refused)
+    monkeypatch.setattr("transformers.utils.hub.create_repo", refused, raising=False)  # older transformers call this one
+    model = HagMoeModel(tiny_config())
+    with pytest.raises(OSError, match="no such token"):
+        model.push_to_hub("me/mixture")
+    assert not hasattr(model.config, "auto_map")
