@@ -20,7 +20,6 @@ from ablation.lengths import scores_by_length
 from ablation.loop import Contrastive, Setting
 from ablation.models import build, parameter_groups
 from ablation.parting import mean_with_error, merged_experts, one_group, parting, ranks_by_merging, reciprocal_ranks
-from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
 from evaluation_helpers import shipped_rows, write_rows
 from sentence_transformers import SentenceTransformer
@@ -479,87 +478,6 @@ def test_a_run_whose_vectors_could_not_be_written_is_not_done(prepared, tmp_path
     with pytest.raises(OSError, match="No space left"):
         run.run_table((fitted(DENSE),), budget, *paths, minutes=9, device="cpu", command="x", kit=True)
     assert not list((tmp_path / "results").rglob("*.json"))
-
-
-def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4) -> dict:
-    """A result file as a run writes it, whose held-out MRR is .5 plus `gain`, and half of that in the middle."""
-    curve = [
-        {
-            "step": step,
-            "pairs": step * 48,
-            "dev_mrr": {"a": 0.5 + part * gain, "b": 0.5 + part * gain},
-            "routing": {},
-            "loss": 1,
-        }
-        for step, part in ((0, 0), (75, 0.5), (150, 1))
-    ]
-    scores = None if kit is None else {"sts.words": {"score": kit, "languages": {"en": kit}}}
-    return {
-        "arm": dataclasses.asdict(arm), "seed": seed, "learning_rate": rate, "curve": curve, "kit": scores, "seconds": 9.0,
-        "parameters": {"total": 2e6, "active": 1e6}, "device": "CPU", "versions": {}, "date": "2026", "command": "c",
-        "commit": "x",
-    }  # fmt: skip
-
-
-def test_what_is_due_is_the_grid_first_then_seeds_at_the_best_rate():
-    budget = dataclasses.replace(TINY_BUDGET, learning_rates=(1e-4, 2e-4), seeds=(0, 1))
-    arms = (DENSE, HAG)
-    done = {}
-    order = []
-    while todo := results.due(arms, budget, done):
-        arm, rate, seed = todo[0]
-        order.append((arm.name, rate, seed))
-        better = 0.2 if (arm.name, rate) in (("dense", 1e-4), ("hag", 2e-4)) else 0.1
-        done[results.run_name(arm, rate, seed)] = result(arm, seed, better, rate=rate)
-    assert order == [
-        ("dense", 1e-4, 0), ("dense", 2e-4, 0), ("hag", 1e-4, 0), ("hag", 2e-4, 0), ("dense", 1e-4, 1), ("hag", 2e-4, 1),
-    ]  # fmt: skip
-    assert runs_of(HAG, budget, done)[1]["learning_rate"] == 2e-4
-
-
-@pytest.mark.parametrize(
-    ("gain", "parts", "expected"),
-    [
-        (None, {}, "no kit scores: no verdict"),
-        (Difference(1.5, 0.1, 2), {}, "2 of 3 seeds: no verdict"),
-        (Difference(1.5, 0.1, 3), {"a": Difference(-0.4, 0, 3)}, "**yes**"),
-        (Difference(0.9, 0.1, 3), {}, "no: gain under +1.0"),
-        (Difference(1.5, 0.8, 3), {}, "no: within 2 sd"),
-        (Difference(1.5, 0.1, 3), {"a": Difference(1, 0, 3), "b": Difference(-0.6, 0, 3)}, "no: b -0.60"),
-    ],
-)
-def test_the_verdict_is_the_goals(gain, parts, expected):
-    """+1.0 on the macro average, more than twice the deviation, nothing worse by more than 0.5, three seeds."""
-    assert verdict(gain, parts, 3) == expected
-
-
-def test_a_crossover_is_where_the_gain_stays_above_0():
-    assert crossover([(1, -1.0), (2, 0.5), (3, -0.1), (4, 0.2), (5, 0.3)]) == 4
-    assert crossover([(1, 0.1), (2, 0.2)]) is None
-    assert crossover([(1, 0.1), (2, -0.2)]) is None
-
-
-def test_tables_pair_runs_by_seed(tmp_path):
-    """Seeds differ by more than arms do: only differences within a seed count."""
-    done = {}
-    budget = dataclasses.replace(TINY_BUDGET, learning_rates=(1e-4,), seeds=(0, 1, 2), steps=150)
-    for seed, luck in enumerate((0.0, 0.1, 0.2)):
-        done[results.run_name(DENSE, 1e-4, seed)] = result(DENSE, seed, luck, kit=0.5 + luck)
-        done[results.run_name(HAG, 1e-4, seed)] = result(HAG, seed, luck + 0.02 + seed / 1000, kit=0.52 + luck + seed / 1000)
-    dense, hag = (runs_of(arm, budget, done) for arm in (DENSE, HAG))
-    pairs_seen, gain = zip(*curve_gains(hag, dense), strict=True)
-    assert pairs_seen == (75 * 48, 150 * 48)
-    assert gain == pytest.approx((1.05, 2.1))
-    text = table(1, [DENSE, HAG], budget, done, {})
-    row = next(line for line in text.splitlines() if line.startswith("| hag "))
-    assert row.count("+2.10 ± 0.10") == 2
-    assert row.endswith("**yes** |")
-    assert kit_parts(done[results.run_name(HAG, 1e-4, 0)]) == {"sts.words": 52.0, "language en": 52.0}
-    assert str(difference([1.0])) == "+1.00"
-    done[results.run_name(HAG, 1e-4, 0)]["kit"] = None
-    row = next(line for line in table(1, [DENSE, HAG], budget, done, {}).splitlines() if line.startswith("| hag "))
-    assert "+2.15 ± 0.07 (2 of 3 seeds)" in row, "a run without kit scores must not hide the others'"
-    assert row.endswith("2 of 3 seeds: no verdict |")
 
 
 PROGRAM = """
