@@ -7,11 +7,16 @@ An upcycled mixture computes the same for every routing, so nothing of its outpu
 A gate has no bias, and states are clustered around their mean `m`. The mean is taken off inside the gate's weights: `u` is
 the linear functional that is 1 at `m` and varies least over the texts, so `k . (x - m)` is nearly `(k - (k . m) u) . x`.
 
-Axes:  N texts or tokens   D hidden_size   G groups   R experts per group   E = G*R experts   C clusters
+A query and its answer should open the same group, but what sets pooled states apart most is their form: a name or a
+sentence, short or long. Texts that are given with others that belong to them are clustered by what those share.
+
+Axes:  N texts or tokens   P items, of texts that belong together   D hidden_size   G groups   R experts per group
+       E = G*R experts   C clusters
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -68,46 +73,61 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate(mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: Sequence[str], seed: int) -> Calibration:
+def calibrate(
+    mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: Sequence[str | Sequence[str]], seed: int
+) -> Calibration:
     """Set gates and balancing biases of every router from texts; all other weights stay.
 
     Args:
         mixture: A mixture whose experts are still equal, so that its states do not depend on its routing.
         tokenize: Texts to `input_ids` and `attention_mask`, truncated.
-        texts: At least `num_experts` different texts that are not empty; of more than `MOST_TEXTS` a random sample is taken.
+        texts: Items, each a text or several that belong together; at least `num_experts` different texts that are not
+            empty. Of items with more than `MOST_TEXTS` texts a random sample is taken.
         seed: Seed of that sample and of the clustering.
 
     Raises:
         ValueError: `texts` is a single text, or holds something else than texts, or too few different ones.
     """
-    _check(texts, mixture.config.num_experts)
+    items = _checked_items(texts, mixture.config.num_experts)
     generator = torch.Generator().manual_seed(seed)
-    kept = [text for text in texts if text.strip()]
-    if len(kept) > MOST_TEXTS:
-        kept = [kept[row] for row in torch.randperm(len(kept), generator=generator)[:MOST_TEXTS].tolist()]
-    inputs = _router_inputs(mixture, tokenize, kept, generator)
+    if sum(map(len, items)) > MOST_TEXTS:
+        items = [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
+        sizes = accumulate(map(len, items))
+        items = [item for item, size in zip(items, sizes, strict=True) if size <= MOST_TEXTS]
+    kept = [(text, place) for place, item in enumerate(items) for text in item]
+    kept.sort(key=lambda text_and_item: len(text_and_item[0]))  # so little of a batch is padding
+    item_N = torch.tensor([place for _, place in kept])
+    inputs = _router_inputs(mixture, tokenize, [text for text, _ in kept], generator)
     starts = [
-        LayerStart(layer, *_start_router(router, seen, generator))
+        LayerStart(layer, *_start_router(router, seen, item_N, generator))
         for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
     ]
     return Calibration(len(kept), tuple(starts))
 
 
-def _check(texts: Sequence[str], num_experts: int) -> None:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
-        raise ValueError(f"calibration_texts holds {wrong!r} of type {type(wrong).__name__}; allowed: a list of texts.")
-    usable = len({text.strip() for text in texts} - {""})
+def _checked_items(texts: Sequence[str | Sequence[str]], num_experts: int) -> list[list[str]]:
+    """The texts of every item that are not empty, of the items that have any."""
+    items = [item if isinstance(item, list | tuple) else [item] for item in ([texts] if isinstance(texts, str) else texts)]
+    for place, item in enumerate(items):
+        wrong = texts if isinstance(texts, str) else next((text for text in item if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"calibration_texts holds {wrong!r} of type {type(wrong).__name__}; allowed: a list of texts, or of tuples "
+                "of texts that belong together."
+            )
+        for text in item:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"calibration_texts[{place}] is not UTF-8 ({error.reason}); allowed: texts.") from error
+    items = [[text for text in item if text.strip()] for item in items]
+    usable = len({text.strip() for item in items for text in item})
     if usable < num_experts:
         raise ValueError(
             f"calibration_texts holds {usable} different texts that are not empty; allowed: at least "
             f"num_experts={num_experts}, better some hundreds from every domain and language."
         )
-    for row, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"calibration_texts[{row}] is not UTF-8 ({error.reason}); allowed: texts.") from error
+    return [item for item in items if item]
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,6 @@ class _Seen:
 def _router_inputs(
     mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: list[str], generator: torch.Generator
 ) -> dict[HagMoeRouter, _Seen]:
-    texts = sorted(texts, key=len)  # texts of a batch are about as long as each other, so little is padding
     batches = [tokenize(texts[first : first + BATCH_SIZE]) for first in range(0, len(texts), BATCH_SIZE)]
     share = MOST_TOKENS / sum(int(batch["attention_mask"].sum()) for batch in batches)
     encoder = cast(HagMoeModel, mixture.base_model)
@@ -161,7 +180,7 @@ def _router_inputs(
     return seen
 
 
-def _start_router(router: HagMoeRouter, seen: _Seen, generator: torch.Generator) -> tuple[float, float]:
+def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator) -> tuple[float, float]:
     """Set one router's gates and biases; the loads of its largest group and expert over the mean ones."""
     pooled_ND, lengths_N = torch.cat(seen.pooled), torch.cat(seen.lengths)
     tokens_ND, owners_N = torch.cat(seen.tokens), torch.cat(seen.owners)
@@ -171,7 +190,7 @@ def _start_router(router: HagMoeRouter, seen: _Seen, generator: torch.Generator)
     if router.group_gate is not None:
         by_text = config.group_routing == "sequence"
         inputs_ND, weights_N = (pooled_ND, lengths_N) if by_text else (tokens_ND, torch.ones(len(tokens_ND)))
-        keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator)
+        keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else item_N[owners_N])
         router.group_gate.weight.copy_(keys_GD)
         cast(Tensor, router.group_bias).copy_(bias_G)
         chosen_N = _choose(inputs_ND, keys_GD, bias_G)
@@ -194,21 +213,56 @@ def _start_router(router: HagMoeRouter, seen: _Seen, generator: torch.Generator)
     return float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean())
 
 
-def _gate(inputs_ND: Tensor, weights_N: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weights (C, D) of a gate whose choices are even clusters of its inputs, and biases (C,) for what is left uneven."""
+def _gate(
+    inputs_ND: Tensor, weights_N: Tensor, clusters: int, generator: torch.Generator, item_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights (C, D) of a gate whose choices are even clusters of its inputs, and biases (C,) for what is left uneven.
+
+    Inputs of one item are clustered by what they share.
+    """
     mean_D = inputs_ND.mean(0) if len(inputs_ND) else inputs_ND.new_zeros(inputs_ND.shape[-1])
     centred_ND = inputs_ND - mean_D
-    # One length for all, so that neither long nor far-off texts decide; the gate itself compares directions alone
-    size = centred_ND.norm(dim=-1).mean()
     # A group that no sampled token entered, or only equal ones: any distinct directions will do
-    if len(inputs_ND) < clusters or size < LEAST_SPREAD * inputs_ND.norm(dim=-1).mean():
+    if len(inputs_ND) < clusters or centred_ND.norm(dim=-1).mean() < LEAST_SPREAD * inputs_ND.norm(dim=-1).mean():
         return torch.randn(clusters, inputs_ND.shape[-1], generator=generator) * 0.02, torch.zeros(clusters)
-    keys_CD, offset_C = even_k_means(centred_ND / size, weights_N, clusters, generator)
-    constant_D = _constant_functional(centred_ND, mean_D)
-    keys_CD = keys_CD / size + (offset_C - keys_CD @ mean_D / size).unsqueeze(-1) * constant_D
+    shared_DD = None if item_N is None else shared_part(centred_ND, item_N)
+    points_ND = centred_ND if shared_DD is None else centred_ND @ shared_DD
+    # One length for all, so that neither long nor far-off texts decide; the gate itself compares directions alone
+    size = points_ND.norm(dim=-1).mean()
+    keys_CD, offset_C = even_k_means(points_ND / size, weights_N, clusters, generator)
+    keys_CD = keys_CD / size if shared_DD is None else keys_CD @ shared_DD.T / size
+    keys_CD = keys_CD + (offset_C - keys_CD @ mean_D).unsqueeze(-1) * _constant_functional(centred_ND, mean_D)
     logits_NC = inputs_ND @ keys_CD.T
     scale = _scale_for(logits_NC, CONFIDENCE)
     return keys_CD * scale, balancing_bias((logits_NC * scale).log_softmax(-1), weights_N)
+
+
+def shared_part(centred_ND: Tensor, item_N: Tensor) -> Tensor | None:
+    """The linear map that makes of an input what it is expected to share with the others of its item.
+
+    With x = s + e, where s is the same for all inputs of an item and e is each one's own, E[s | x] = x @ cov(x)^-1 cov(s),
+    and cov(s) is the covariance of two inputs of one item. Directions in which an item's inputs tend to be opposites (the
+    short text has the long partner) have a negative one, and are nobody's share.
+
+    Args:
+        centred_ND: (N, D) inputs, of mean 0.
+        item_N: (N,) int64, the item of each.
+
+    Returns:
+        (D, D), to multiply inputs with from the right; None where no item has two inputs, or nothing is shared.
+
+    Source: the two-covariance model of probabilistic linear discriminant analysis, Ioffe 2006.
+    """
+    _, place_N, count_P = item_N.unique(return_inverse=True, return_counts=True)
+    couples = int((count_P * (count_P - 1)).sum())
+    if not couples:
+        return None
+    sum_PD = centred_ND.new_zeros(len(count_P), centred_ND.shape[-1]).index_add(0, place_N, centred_ND)
+    own_DD = centred_ND.T @ centred_ND
+    values_D, vectors_DD = torch.linalg.eigh((sum_PD.T @ sum_PD - own_DD) / couples)
+    if values_D[-1] <= 0:
+        return None
+    return torch.linalg.solve(_steadied(own_DD / len(centred_ND)), vectors_DD * values_D.clamp(min=0) @ vectors_DD.T)
 
 
 def _choose(inputs_ND: Tensor, keys_CD: Tensor, bias_C: Tensor) -> Tensor:
@@ -254,10 +308,13 @@ def even_k_means(
 
 def _constant_functional(centred_ND: Tensor, mean_D: Tensor) -> Tensor:
     """u (D,) with u . mean = 1 and the least variance over the points, kept steady by a little of the identity."""
-    covariance_DD = centred_ND.T @ centred_ND / len(centred_ND)
-    covariance_DD.diagonal().add_(1e-2 * covariance_DD.diagonal().mean() + 1e-12)
-    direction_D = torch.linalg.solve(covariance_DD, mean_D)
+    direction_D = torch.linalg.solve(_steadied(centred_ND.T @ centred_ND / len(centred_ND)), mean_D)
     return direction_D / (direction_D @ mean_D).clamp(min=1e-12)
+
+
+def _steadied(covariance_DD: Tensor) -> Tensor:
+    """A covariance with a little of the identity, so that it can be inverted however few the inputs."""
+    return covariance_DD + (1e-2 * covariance_DD.diagonal().mean() + 1e-12) * torch.eye(len(covariance_DD))
 
 
 def _scale_for(logits_NC: Tensor, confidence: float) -> float:

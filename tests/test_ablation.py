@@ -30,7 +30,7 @@ from hagmoe_hf.demo import read_corpus
 
 ROOT = Path(__file__).parents[1]
 ARMS = {arm.name: arm for table_arms in TABLES.values() for arm in table_arms}
-TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_texts=40)
+TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_pairs=20)
 # Arms of the tables, as far as three layers go
 LAYERS = {"layer-3": [1], "layers-2-4": [0, 1], "layers-3-4-5": [1, 2], "layers-1-2-3-4": [0, 1, 2]}
 
@@ -80,12 +80,12 @@ def setting(arm: Arm, folder: Path, **changes) -> Setting:
 
 
 def trained(arm: Arm, prepared: Path, pairs, dev, work: Path, deadline: float = math.inf, **changes):
-    texts = inputs.calibration_texts(prepared, TINY_BUDGET.calibration_texts)
+    texts = inputs.calibration_pairs(prepared, TINY_BUDGET.calibration_pairs, TINY_BUDGET.max_length)
     return loop.train(setting(arm, prepared, **changes), pairs, dev, texts, work, deadline)
 
 
 def model_of(arm: Arm, folder: Path) -> SentenceTransformer:
-    model = build(fitted(arm), folder / "parent", inputs.calibration_texts(folder, 40), 0, "cpu").eval()
+    model = build(fitted(arm), folder / "parent", inputs.calibration_pairs(folder, 20, 16), 0, "cpu").eval()
     set_domain(sentence.encoder_of(model), "code")
     return model
 
@@ -484,7 +484,7 @@ PROGRAM = """
 import dataclasses, os, runpy, signal, sys
 sys.path.insert(0, "scripts")
 from ablation import arms, budgets, loop, report, run
-budgets.BUDGETS["screening"] = budgets.Budget("screening", 6, 6, 16, (1e-3,), (0,), 10, 2, calibration_texts=40)
+budgets.BUDGETS["screening"] = budgets.Budget("screening", 6, 6, 16, (1e-3,), (0,), 10, 2, calibration_pairs=20)
 loop.CHECKPOINT_SECONDS = 0
 hag = dataclasses.replace(arms.HAG, upcycling={"sparse_layers": [0, 1]})
 arms.TABLES = report.TABLES = run.TABLES = {1: (arms.DENSE, hag)}

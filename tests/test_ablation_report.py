@@ -8,7 +8,7 @@ from ablation.arms import DENSE, HAG, Arm
 from ablation.budgets import Budget
 from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
 
-TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_texts=40)
+TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_pairs=20)
 
 
 def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4) -> dict:

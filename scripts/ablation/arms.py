@@ -15,9 +15,11 @@ class Arm:
         kind: "dense", "wide" (dense with the default mixture's total parameters) or "mixture".
         upcycling: Options of `hagmoe_hf.upcycle`.
         calibrated: Whether the gates start from texts.
+        paired: Whether they start from what the texts of pairs share.
         routing: "learned", or what replaces every router: "token hash", "text hash" or "domain".
         mean_pooled: Whether the attention gate's query stays 0, so that it takes the mean.
         balancing: Arguments of `RouterCallback`; None for no balancing.
+        shared_rate: Factor on the learning rate of all that is neither expert nor router; 0 keeps it as the parent's.
         expert_rate: Factor on the learning rate of the routed experts.
         router_rate: Factor on the learning rate of the routers.
         shared_gradient: Part of the sum over all experts' gradients in each expert's, from 0 to 1, where they stay equal.
@@ -33,9 +35,11 @@ class Arm:
     kind: str = "mixture"
     upcycling: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
+    paired: bool = False
     routing: str = "learned"
     mean_pooled: bool = False
     balancing: Mapping[str, float] | None = field(default_factory=dict)
+    shared_rate: float = 1.0
     expert_rate: float = 1.0
     router_rate: float = 1.0
     shared_gradient: float = 0.0
@@ -56,6 +60,18 @@ FLAT = Arm("flat", "a plain token router over the same eight experts", upcycling
 SEQUENCE = Arm("sequence", "one expert per group: a text is one expert's", upcycling={"n_group": 8})
 MEAN_POOLED = replace(
     HAG, name="hag-mean-pooled", about="the default with a mean instead of an attention gate", mean_pooled=True
+)
+
+
+FOUR_LAYERS = replace(
+    CALIBRATED,
+    name="layers-1-2-3-4",
+    about="four sparse layers instead of two",
+    upcycling={"sparse_layers": [1, 2, 3, 4]},
+)
+
+PAIRED = replace(
+    FOUR_LAYERS, name="pairs-1-2-3-4", about="the same, its gates started from what the texts of pairs share", paired=True
 )
 
 
@@ -112,7 +128,8 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         _variant("layer-3", "one sparse layer", upcycling={"sparse_layers": [3]}),
         _variant("layers-2-4", "later layers", upcycling={"sparse_layers": [2, 4]}),
         _variant("layers-3-4-5", "the last three layers", upcycling={"sparse_layers": [3, 4, 5]}),
-        _variant("layers-1-2-3-4", "four sparse layers instead of two", upcycling={"sparse_layers": [1, 2, 3, 4]}),
+        FOUR_LAYERS,
+        PAIRED,
         _variant("groups-2x4", "two groups of four", upcycling={"n_group": 2}),
         _variant("groups-8x2", "eight groups of two", upcycling={"n_group": 8, "num_experts": 16}),
         _variant("groups-8x1", "eight groups of one", upcycling={"n_group": 8}),
@@ -125,6 +142,24 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             "two-experts-normalized",
             "two experts per token over two groups, weighed by the router, at more FLOPs",
             upcycling={"num_experts_per_tok": 2, "topk_group": 2, "combine_rule": "normalized"},
+        ),
+    ),
+    # What is kept of the parent where nothing was trained
+    4: (
+        DENSE,
+        replace(DENSE, name="dense-x0.3", about="the same at three tenths of the rate", shared_rate=0.3),
+        replace(DENSE, name="dense-distilled", about="the dense parent that keeps its similarities", distillation=0.3),
+        FOUR_LAYERS,
+        replace(
+            FOUR_LAYERS, name="experts-only-x3", about="only experts and routers learn", shared_rate=0.0, expert_rate=3.0
+        ),
+        replace(FOUR_LAYERS, name="experts-only-x10", about="the same, experts faster", shared_rate=0.0, expert_rate=10.0),
+        replace(
+            FOUR_LAYERS,
+            name="shared-x0.3",
+            about="what is shared learns slowly, experts fast",
+            shared_rate=0.3,
+            expert_rate=3.0,
         ),
     ),
 }

@@ -18,10 +18,11 @@ class Budget:
         evaluations: Points of the curve after the start, evenly spaced.
         warmup: Share of the steps in which the rate rises; then it falls to 0, both linearly.
         temperature: T of the domains' weights n^(1/T).
-        calibration_texts: Of every domain, where gates start from texts.
+        calibration_pairs: Of every domain, where gates start from texts.
         bfloat16: Whether training computes under bfloat16 autocast; evaluation is float32 in any case.
         follows: Name of the budget whose kept runs this one goes on from, with other batches and a new optimizer; "" where
             a run starts from the parent.
+        left_out: Domains of which nothing is trained on; their held-out pairs tell what training costs elsewhere.
     """
 
     name: str
@@ -34,9 +35,10 @@ class Budget:
     evaluations: int
     warmup: float = 0.1
     temperature: float = 2.0
-    calibration_texts: int = 100
+    calibration_pairs: int = 150
     bfloat16: bool = False
     follows: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def pairs_before(self) -> int:
@@ -46,6 +48,9 @@ class Budget:
         before = BUDGETS[self.follows]
         return before.pairs_before + before.steps * before.batch_size
 
+
+# Domains that the parent knows well and badly, of many kinds of text
+LEFT_OUT = ("code", "cooking", "encyclopedia", "security", "sysadmin-docs")
 
 BUDGETS = {
     budget.name: budget
@@ -58,6 +63,8 @@ BUDGETS = {
         Budget("medium", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True),
         # And as long again, from where those runs ended: what is the trend?
         Budget("medium-2", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True, follows="medium"),
+        # For a CPU: what does training cost in domains of which it saw nothing?
+        Budget("left-out", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, left_out=LEFT_OUT),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

@@ -166,24 +166,28 @@ def _cut(ids: np.ndarray, lengths: np.ndarray, max_length: int, most_rows: int |
     return ids[kept], np.minimum(lengths, max_length)
 
 
-def calibration_texts(folder: Path, per_domain: int) -> list[str]:
-    """Texts of every domain, anchors and positives in equal parts."""
-    texts = []
-    for path in sorted((folder / "calibration").glob("*.json")):
-        of_domain = json.loads(path.read_text(encoding="utf-8"))
-        half = len(of_domain) // 2
-        texts += of_domain[: per_domain // 2] + of_domain[half : half + per_domain // 2]
-    return texts
+def calibration_pairs(folder: Path, per_domain: int, max_length: int, left_out: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Pairs of every domain but those left out, each text cut to the tokens that training sees of it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
+    pairs: list[tuple[str, str]] = []
+    for path in sorted(path for path in (folder / "calibration").glob("*.json") if path.stem not in left_out):
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        tokens = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        cut = [text[: max(end for _, end in spans)] for text, spans in zip(texts, tokens["offset_mapping"], strict=True)]
+        half = len(cut) // 2
+        pairs += list(zip(cut[:half], cut[half:], strict=False))[:per_domain]
+    return pairs
 
 
 def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:
     """The rows of every step, the same for every arm: a function of data, budget, seed, and whether batches are mixed.
 
-    Domains come by weight n^(1/T). Each goes through its rows in a random order, and starts again when it is used up.
+    Domains come by weight n^(1/T), those left out never. Each goes through its rows in a random order, and starts again when
+    it is used up.
     """
     random = np.random.default_rng([seed, int(mixed)])
     sizes = np.diff(pairs.first_rows)
-    weights = sizes ** (1 / budget.temperature)
+    weights = sizes ** (1 / budget.temperature) * [domain not in budget.left_out for domain in pairs.domains]
     draws = budget.steps * (budget.batch_size if mixed else 1)
     turns = random.choice(len(sizes), size=draws, p=weights / weights.sum())
     if not mixed:

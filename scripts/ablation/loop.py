@@ -113,11 +113,13 @@ class Trainee:
     Args:
         setting: Of the run.
         model: To train.
-        texts: For a later calibration.
+        texts: Pairs for a later calibration.
         state: Of the balancing, from a checkpoint.
     """
 
-    def __init__(self, setting: Setting, model: SentenceTransformer, texts: list[str], balancing: dict | None = None):
+    def __init__(
+        self, setting: Setting, model: SentenceTransformer, texts: list[tuple[str, str]], balancing: dict | None = None
+    ):
         self.setting, self.model, self.texts = setting, model, texts
         arm = setting.arm
         groups = parameter_groups(model, arm)
@@ -194,7 +196,7 @@ def _schedule(step: int, budget: Budget) -> float:
 
 
 def train(
-    setting: Setting, pairs: Pairs, dev: Pairs, texts: list[str], folder: Path, deadline: float
+    setting: Setting, pairs: Pairs, dev: Pairs, texts: list[tuple[str, str]], folder: Path, deadline: float
 ) -> tuple[Run, SentenceTransformer] | None:
     """Train, or go on training, until the end or the deadline.
 
@@ -202,7 +204,7 @@ def train(
         setting: What to train.
         pairs: To train on.
         dev: Held out.
-        texts: For calibration.
+        texts: Pairs for calibration.
         folder: Where its checkpoint lies.
         deadline: `time.monotonic()` at which to stop.
 
@@ -252,7 +254,7 @@ def _point(step: int, setting: Setting, model: SentenceTransformer, dev: Pairs, 
     return {"step": step, "pairs": pairs, "loss": loss, "dev_mrr": mrr, "routing": routing}
 
 
-def _begin(setting: Setting, texts: list[str], folder: Path) -> tuple[Run, Trainee, list[Tensor]]:
+def _begin(setting: Setting, texts: list[tuple[str, str]], folder: Path) -> tuple[Run, Trainee, list[Tensor]]:
     path = folder / "checkpoint.pt"
     arm = replace(setting.arm, dense_share=0.0, calibrated=False) if setting.start else setting.arm
     torch.manual_seed(setting.seed)

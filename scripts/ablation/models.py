@@ -14,13 +14,13 @@ from hagmoe_hf import sentence, upcycle
 NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
 
 
-def build(arm: Arm, parent: Path, calibration_texts: list[str], seed: int, device: str) -> SentenceTransformer:
+def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed: int, device: str) -> SentenceTransformer:
     """The model of an arm before its first step; dense where the arm starts dense.
 
     Args:
         arm: What to build.
         parent: Folder of the dense SentenceTransformer.
-        calibration_texts: For arms whose gates start from texts.
+        calibration_pairs: For arms whose gates start from texts.
         seed: Of new weights.
         device: Like "cpu" or "cuda".
     """
@@ -29,12 +29,16 @@ def build(arm: Arm, parent: Path, calibration_texts: list[str], seed: int, devic
         return _with_encoder(dense, widened(sentence.encoder_of(dense), default_total(dense), seed))
     if arm.kind == "dense" or arm.dense_share:
         return prepared(dense)
-    return mixture(arm, dense, calibration_texts, seed)
+    return mixture(arm, dense, calibration_pairs, seed)
 
 
-def mixture(arm: Arm, dense: SentenceTransformer, calibration_texts: list[str], seed: int) -> SentenceTransformer:
+def mixture(
+    arm: Arm, dense: SentenceTransformer, calibration_pairs: list[tuple[str, str]], seed: int
+) -> SentenceTransformer:
     """The mixture of an arm, upcycled from a dense model."""
-    texts = calibration_texts if arm.calibrated else None
+    texts: list | None = None
+    if arm.calibrated:
+        texts = calibration_pairs if arm.paired else [text for pair in calibration_pairs for text in pair]
     model = upcycle(dense, seed=seed, calibration_texts=texts, **arm.upcycling)
     encoder = sentence.encoder_of(model)
     if arm.routing != "learned":
@@ -94,11 +98,21 @@ def _with_encoder(dense: SentenceTransformer, encoder: BertModel) -> SentenceTra
 
 
 def parameter_groups(model: nn.Module, arm: Arm) -> list[dict]:
-    """Trained parameters for an optimizer: shared weights, routed experts and routers, each with the arm's `factor`."""
+    """Trained parameters for an optimizer: shared weights, routed experts and routers, each with the arm's `factor`.
+
+    What has the factor 0 needs no gradient any more.
+    """
     groups: dict[str, list[Tensor]] = {"shared": [], "experts": [], "router": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "experts" if ".experts." in name else "router" if ".router." in name else "shared"
             groups[kind].append(parameter)
-    factors = {"shared": 1.0, "experts": arm.expert_rate, "router": arm.router_rate}
-    return [{"params": params, "kind": kind, "factor": factors[kind]} for kind, params in groups.items() if params]
+    factors = {"shared": arm.shared_rate, "experts": arm.expert_rate, "router": arm.router_rate}
+    for kind, params in groups.items():
+        for parameter in params if not factors[kind] else ():
+            parameter.requires_grad_(False)
+    return [
+        {"params": params, "kind": kind, "factor": factors[kind]}
+        for kind, params in groups.items()
+        if params and factors[kind]
+    ]

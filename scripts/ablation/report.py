@@ -4,8 +4,9 @@ Differences are paired: an arm's run minus the dense parent's run with the same 
 order. Scores are 0 to 100.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,16 @@ import numpy as np
 from ablation.arms import DENSE, TABLES, Arm
 from ablation.budgets import BUDGETS, Budget
 from ablation.plots import gain_curves, group_bars
-from ablation.results import best_rate, macro, read_results, run_name
+from ablation.results import best_rate, held_out, read_results, run_name
 from hagmoe_hf.files import write_text
 
 BASELINE = DENSE.name
+Reader = Callable[..., float | None]  # of a figure in a result
 # The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
 LEAST_GAIN, DEVIATIONS, LARGEST_LOSS = 1.0, 2.0, 0.5
 HEADINGS = (
     "arm", "rate", "seeds", "active M", "total M", "held-out MRR", "difference", "crossover at", "loss",
-    "kit", "difference",
+    "left-out MRR", "difference", "kit", "difference",
     "unseen sources", "MaxVio groups", "s/step", "pays?",
 )  # fmt: skip
 # Sets of the kit from sources that contributed no training pair
@@ -120,7 +122,7 @@ def runs_of(arm: Arm, budget: Budget, done: dict[str, dict]) -> dict[int, dict]:
     return {seed: done[run_name(arm, best, seed)] for seed in budget.seeds if run_name(arm, best, seed) in done}
 
 
-def gains(runs: dict[int, dict], baseline: dict[int, dict], read) -> Difference | None:
+def gains(runs: dict[int, dict], baseline: dict[int, dict], read: Reader) -> Difference | None:
     """Paired difference of what `read` finds in a result, over the seeds where it finds something in both; None for none."""
     values = [(read(runs[seed]), read(baseline[seed])) for seed in runs if seed in baseline]
     differences = [one - other for one, other in values if one is not None and other is not None]
@@ -145,12 +147,10 @@ def kit_parts(result: dict) -> dict[str, float]:
 
 def curve_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> list[tuple[int, float]]:
     """(pairs seen, mean gain of held-out macro MRR over common seeds) of every point after the start."""
-    common = [seed for seed in runs if seed in baseline]
-    points = zip(*(zip(runs[seed]["curve"][1:], baseline[seed]["curve"][1:], strict=True) for seed in common), strict=True)
-    return [
-        (point[0][0]["pairs"], float(np.mean([macro(one["dev_mrr"]) - macro(other["dev_mrr"]) for one, other in point])))
-        for point in points
-    ]
+    points = range(1, min((len(run["curve"]) for seed, run in runs.items() if seed in baseline), default=0))
+    found = {point: gains(runs, baseline, partial(held_out, point=point)) for point in points}
+    pairs = next(iter(runs.values()))["curve"]
+    return [(pairs[point]["pairs"], gain.mean) for point, gain in found.items() if gain is not None]
 
 
 def whole_curve(arm: Arm, budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> list[tuple[int, float]]:
@@ -180,7 +180,7 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], b
     ]
     for arm in arms:
         cross = None if arm.name == BASELINE else crossover(whole_curve(arm, budget, done, before))
-        lines.append(_row(arm, runs_of(arm, budget, done), baseline, budget, cross))
+        lines.append(_row(arm, baseline if arm.name == BASELINE else runs_of(arm, budget, done), baseline, budget, cross))
     lines += ["", *(f"- **{arm.name}**: {arm.about}." for arm in arms), "", *_domains(arms, baseline, budget, done), ""]
     some = next(iter(baseline.values()))
     versions = ", ".join(f"{name} {number}" for name, number in some["versions"].items())
@@ -191,15 +191,12 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], b
 def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Budget, cross: int | None) -> str:
     some = next(iter(runs.values()))
     is_baseline = arm.name == BASELINE
-    held_out = np.mean([macro(run["curve"][-1]["dev_mrr"]) for run in runs.values()])
-    dev = gains(runs, baseline, lambda run: macro(run["curve"][-1]["dev_mrr"]))
     loss = gains(runs, baseline, lambda run: run["curve"][-1]["loss"])
-    kit, unseen = gains(runs, baseline, kit_macro), gains(runs, baseline, lambda run: kit_macro(run, UNSEEN))
+    kit, unseen = gains(runs, baseline, kit_macro), gains(runs, baseline, partial(kit_macro, names=UNSEEN))
     parts = {}
     if kit is not None and not is_baseline:
         names = dict.fromkeys(name for run in runs.values() for name in kit_parts(run))
         parts = {name: gains(runs, baseline, lambda run, n=name: kit_parts(run).get(n)) for name in names}
-    scored = [value for value in map(kit_macro, runs.values()) if value is not None]
     routing = some["curve"][-1]["routing"].values()
     cells = [
         arm.name,
@@ -207,18 +204,24 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         str(len(runs)),
         f"{some['parameters']['active'] / 1e6:.1f}",
         f"{some['parameters']['total'] / 1e6:.1f}",
-        f"{held_out:.2f}",
-        "" if is_baseline else str(dev or ""),
+        *_mean_and_gain(held_out, runs, baseline),
         f"{cross:,}" if cross else "",
         "" if is_baseline or loss is None else f"{loss:.4f}",
-        f"{np.mean(scored):.2f}" if scored else "",
-        "" if is_baseline else _of_seeds(kit, len(runs)),
+        *_mean_and_gain(partial(held_out, left_out=True), runs, baseline),
+        *_mean_and_gain(kit_macro, runs, baseline),
         "" if is_baseline else _of_seeds(unseen, len(runs)),
         " ".join(f"{layer['max_vio_groups']:.2f}" for layer in routing),
         f"{np.mean([run['seconds'] for run in runs.values()]) / budget.steps:.3f}",
         "" if is_baseline else verdict(kit, parts, len(budget.seeds)),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _mean_and_gain(read: Reader, runs: dict[int, dict], baseline: dict[int, dict]) -> tuple[str, str]:
+    """Two cells: the mean over the seeds that have a value, and the paired difference; "" where there is none."""
+    values = [value for value in map(read, runs.values()) if value is not None]
+    gain = "" if runs is baseline else _of_seeds(gains(runs, baseline, read), len(runs))
+    return (f"{np.mean(values):.2f}" if values else ""), gain
 
 
 def _of_seeds(gain: Difference | None, seeds: int) -> str:
@@ -249,7 +252,8 @@ def _domains(arms: list[Arm], baseline: dict[int, dict], budget: Budget, done: d
     for domain in first:
         end = np.mean([100 * run["curve"][-1]["dev_mrr"][domain] for run in baseline.values()])
         cells = [str(found[arm.name].get(domain, "")) for arm in others]
-        lines.append(f"| {domain} | {100 * first[domain]:.1f} | {end:.1f} | " + " | ".join(cells) + " |")
+        name = f"{domain} (left out)" if domain in budget.left_out else domain
+        lines.append(f"| {name} | {100 * first[domain]:.1f} | {end:.1f} | " + " | ".join(cells) + " |")
     return lines
 
 

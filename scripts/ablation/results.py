@@ -18,6 +18,23 @@ def macro(scores: dict[str, float]) -> float:
     return 100 * sum(scores.values()) / len(scores)
 
 
+def held_out(run: dict, point: int = -1, left_out: bool = False) -> float | None:
+    """Macro MRR of a run over the domains that it was trained on, or over those that were left out.
+
+    Args:
+        run: A result.
+        point: Of its curve; the last one by default.
+        left_out: Which of the two.
+
+    Returns:
+        0 to 100; None where nothing was left out.
+    """
+    names = set(run["budget"].get("left_out", ()))
+    scores = run["curve"][point]["dev_mrr"]
+    chosen = {domain: score for domain, score in scores.items() if (domain in names) == left_out}
+    return macro(chosen) if chosen else None
+
+
 def due(arms: tuple[Arm, ...], budget: Budget, done: dict[str, dict]) -> list[tuple[Arm, float, int]]:
     """The runs to do now: the grid with the first seed, arm by arm; then further seeds at each arm's best rate.
 
@@ -38,8 +55,8 @@ def due(arms: tuple[Arm, ...], budget: Budget, done: dict[str, dict]) -> list[tu
 
 
 def best_rate(arm: Arm, rates: Sequence[float], seed: int, done: dict[str, dict]) -> float:
-    """The learning rate with the best held-out MRR at the end of the first seed's runs. The kit has no say."""
-    return max(rates, key=lambda rate: macro(done[run_name(arm, rate, seed)]["curve"][-1]["dev_mrr"]))
+    """The learning rate with the best `held_out` at the end of the first seed's runs. The kit has no say."""
+    return max(rates, key=lambda rate: held_out(done[run_name(arm, rate, seed)]) or 0.0)
 
 
 def read_results(folder: Path) -> dict[str, dict]:

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from ablation import loop, scoring
 from ablation.arms import DENSE, Arm
 from ablation.budgets import Budget
-from ablation.inputs import Pairs, calibration_texts, load_pairs
+from ablation.inputs import Pairs, calibration_pairs, load_pairs
 from ablation.lengths import scores_by_length
 from ablation.loop import Run, Setting
 from ablation.models import build
@@ -67,7 +67,7 @@ def run_table(
     folder = results / budget.name
     pairs = load_pairs(inputs, "train", budget.max_length, device)
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
-    texts = calibration_texts(inputs, budget.calibration_texts)
+    texts = calibration_pairs(inputs, budget.calibration_pairs, budget.max_length, budget.left_out)
     sets = scoring.kit_sets(inputs / "kit") if kit else []
     scorers = []
     for name, result in read_results(folder).items() if kit else ():
