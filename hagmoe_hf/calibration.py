@@ -107,27 +107,28 @@ def calibrate(
 
 def _checked_items(texts: Sequence[str | Sequence[str]], num_experts: int) -> list[list[str]]:
     """The texts of every item that are not empty, of the items that have any."""
-    items = [item if isinstance(item, list | tuple) else [item] for item in ([texts] if isinstance(texts, str) else texts)]
+    given = [texts] if isinstance(texts, str) else texts
+    items = [list(item) if isinstance(item, list | tuple) else [item] for item in given]
     for place, item in enumerate(items):
-        wrong = texts if isinstance(texts, str) else next((text for text in item if not isinstance(text, str)), None)
-        if wrong is not None:
+        wrong = item if isinstance(texts, str) else [text for text in item if not isinstance(text, str)]
+        if wrong:
             raise ValueError(
-                f"calibration_texts holds {wrong!r} of type {type(wrong).__name__}; allowed: a list of texts, or of tuples "
-                "of texts that belong together."
+                f"calibration_texts holds {wrong[0]!r} of type {type(wrong[0]).__name__}; allowed: a list of texts, or of "
+                "tuples of texts that belong together."
             )
-        for text in item:
+        for text in cast(list[str], item):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(f"calibration_texts[{place}] is not UTF-8 ({error.reason}); allowed: texts.") from error
-    items = [[text for text in item if text.strip()] for item in items]
-    usable = len({text.strip() for item in items for text in item})
+    kept = [[text for text in cast(list[str], item) if text.strip()] for item in items]
+    usable = len({text.strip() for item in kept for text in item})
     if usable < num_experts:
         raise ValueError(
             f"calibration_texts holds {usable} different texts that are not empty; allowed: at least "
             f"num_experts={num_experts}, better some hundreds from every domain and language."
         )
-    return [item for item in items if item]
+    return [item for item in kept if item]
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: 
     if router.group_gate is not None:
         by_text = config.group_routing == "sequence"
         inputs_ND, weights_N = (pooled_ND, lengths_N) if by_text else (tokens_ND, torch.ones(len(tokens_ND)))
-        keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else item_N[owners_N])
+        keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else None)
         router.group_gate.weight.copy_(keys_GD)
         cast(Tensor, router.group_bias).copy_(bias_G)
         chosen_N = _choose(inputs_ND, keys_GD, bias_G)
@@ -222,13 +223,13 @@ def _gate(
     """
     mean_D = inputs_ND.mean(0) if len(inputs_ND) else inputs_ND.new_zeros(inputs_ND.shape[-1])
     centred_ND = inputs_ND - mean_D
-    # A group that no sampled token entered, or only equal ones: any distinct directions will do
-    if len(inputs_ND) < clusters or centred_ND.norm(dim=-1).mean() < LEAST_SPREAD * inputs_ND.norm(dim=-1).mean():
-        return torch.randn(clusters, inputs_ND.shape[-1], generator=generator) * 0.02, torch.zeros(clusters)
     shared_DD = None if item_N is None else shared_part(centred_ND, item_N)
     points_ND = centred_ND if shared_DD is None else centred_ND @ shared_DD
     # One length for all, so that neither long nor far-off texts decide; the gate itself compares directions alone
     size = points_ND.norm(dim=-1).mean()
+    # A group that no sampled token entered, or only equal ones: any distinct directions will do
+    if len(inputs_ND) < clusters or size < LEAST_SPREAD * inputs_ND.norm(dim=-1).mean():
+        return torch.randn(clusters, inputs_ND.shape[-1], generator=generator) * 0.02, torch.zeros(clusters)
     keys_CD, offset_C = even_k_means(points_ND / size, weights_N, clusters, generator)
     keys_CD = keys_CD / size if shared_DD is None else keys_CD @ shared_DD.T / size
     keys_CD = keys_CD + (offset_C - keys_CD @ mean_D).unsqueeze(-1) * _constant_functional(centred_ND, mean_D)

@@ -9,7 +9,7 @@ added once.
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -113,7 +113,7 @@ def upcycle(
     shared_expert_fraction: float = 0.5,
     group_routing: str = "sequence",
     combine_rule: str = "selection",
-    calibration_texts: Iterable[str] | None = None,
+    calibration_texts: Iterable[str | Sequence[str]] | None = None,
     seed: int = 0,
     allow_key_mismatch: bool = False,
 ) -> Any:
@@ -135,8 +135,10 @@ def upcycle(
         group_routing: "sequence" or "token": who opens groups.
         combine_rule: "selection" or "normalized"; "softmax" weights do not sum to 1 and could not reproduce the parent.
         calibration_texts: Texts like those that the mixture is for, some hundreds from every domain and language: the gates
-            start from them, so that groups are domains or languages and evenly loaded from the first step on. Where None,
-            the gates start at random, and most texts open the same group. The outputs are the parent's either way.
+            start from them, so that groups are evenly loaded from the first step on. Texts that belong together, such as a
+            query and its answer, as a tuple (or list): groups are then what they share, domains and languages; groups of
+            single texts are as much about their form, short or long. Where None, the gates start at random, and most
+            texts open the same group. The outputs are the parent's either way.
         seed: Seed of the new routers' weights, and of the calibration.
         allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then
             stay random. A path or Hub id only.
@@ -192,21 +194,22 @@ def upcycle(
     )
 
 
-def _text_list(texts: Iterable[str]) -> list[str]:
+def _text_list(texts: Iterable[str | Sequence[str]]) -> list[str | Sequence[str]]:
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ValueError(f"calibration_texts holds {texts!r} of type {type(texts).__name__}; allowed: a list of texts.")
     return list(texts)
 
 
 def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
-    """How the texts of a parent are tokenized: by its own tokenizer, up to `CALIBRATION_LENGTH` tokens."""
+    """How the texts of a parent are tokenized: by its own tokenizer, as far as it reads them."""
     if isinstance(given, PreTrainedModel):
         raise ValueError(
             f"calibration_texts with a {type(given).__name__}, which comes without its tokenizer; allowed: a path or Hub "
             f"id, or a {', '.join(sentence.MODEL_TYPES)}."
         )
     tokenizer = AutoTokenizer.from_pretrained(given) if isinstance(given, str) else given.tokenizer
-    longest = min(CALIBRATION_LENGTH, mixture.config.max_text_length or CALIBRATION_LENGTH)
+    limits = (CALIBRATION_LENGTH, mixture.config.max_text_length, getattr(given, "max_seq_length", None))
+    longest = min(limit for limit in limits if limit)
     return lambda texts: tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
 

@@ -9,12 +9,13 @@ from conftest import TINY, spread
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
-from hagmoe_hf import upcycle
+from hagmoe_hf import sentence, upcycle
 from hagmoe_hf.analysis import stats
 from hagmoe_hf.analysis.stats import LabelLoad
+from hagmoe_hf.analysis.summary import summarize
 from hagmoe_hf.analysis.texts import Texts
 from hagmoe_hf.analysis.trace import label_load, record
-from hagmoe_hf.calibration import balancing_bias, even_k_means
+from hagmoe_hf.calibration import balancing_bias, even_k_means, shared_part
 from hagmoe_hf.demo import read_corpus
 from hagmoe_hf.files import read_lines
 
@@ -112,6 +113,12 @@ def test_calibration_is_reproducible_and_leaves_mode_and_random_numbers(tiny_par
     [
         ("one text", "calibration_texts holds 'one text' of type str; allowed: a list of texts"),
         (["a text", 3], "calibration_texts holds 3 of type int"),
+        (
+            [*"abcdefgh", ("a", None)],
+            "holds None of type NoneType; allowed: a list of texts, or of tuples",
+        ),
+        ([("a", "b"), *"cdefg", ("h", "\ud800")], r"calibration_texts\[6\] is not UTF-8"),
+        ([("a", "b"), ["a", "b"], ("c", "")], "holds 3 different texts"),
         ([], "holds 0 different texts that are not empty; allowed: at least num_experts=8"),
         ([*"abcdefg", " "], "holds 7 different texts"),
         (["the same text"] * 99, "holds 1 different texts"),
@@ -136,6 +143,46 @@ def test_texts_that_hardly_differ_start_gates_that_can_learn(texts, options, tin
             states = torch.randn(50, gate.in_features, generator=torch.Generator().manual_seed(0)) * 0.5
             assert gate.weight.abs().max() < 1000
             assert (gate(states).softmax(-1).amax(-1) < 1).any()
+
+
+def test_what_is_shared_is_told_from_what_is_each_inputs_own():
+    """Form sets texts apart most, and must not decide: a short query has a long answer."""
+    generator = torch.Generator().manual_seed(0)
+    subjects = torch.randn(400, 3, generator=generator).repeat_interleave(2, 0)
+    form = torch.tensor([8.0, -8.0]).repeat(400) + torch.randn(800, generator=generator)
+    noise = torch.randn(800, 4, generator=generator)
+    inputs = torch.cat([subjects, form[:, None], noise], dim=1)
+    inputs = inputs - inputs.mean(0)
+    shared = shared_part(inputs, torch.arange(400).repeat_interleave(2))
+    assert torch.allclose(shared[:3, :3], torch.eye(3), atol=0.1)
+    assert shared[3:].abs().max() < 0.1
+    assert shared[:, 3:].abs().max() < 0.1
+    assert shared_part(inputs, torch.arange(800)) is None, "no input has a partner"
+    assert shared_part(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0])) is None, "they share nothing"
+
+
+def test_pairs_start_gates_that_send_both_texts_to_one_group(real_parent, corpus):
+    """What the gates of texts alone do not: there, what is long and what is short part."""
+    long = [text for text in corpus if len(text.split()) > 9]
+    pairs = [(" ".join(text.split()[:3]), text) for text in long]
+    others = tuple(text for pair in pairs[1::2] for text in pair)
+
+    def agreement(calibration_texts) -> float:
+        rows = np.arange(len(others)).reshape(-1, 2)
+        trace = record(upcycle(real_parent, calibration_texts=calibration_texts), Texts(others, pairs=rows))
+        return min(layer["pairs"]["with_positive"] for layer in summarize(trace)["layers"])
+
+    alone = agreement([text for pair in pairs[::2] for text in pair])
+    assert agreement(pairs[::2]) > alone + 0.15
+
+
+def test_a_text_is_read_as_far_as_its_model_reads_it(tmp_path, tiny_parent):
+    """Gates that start from what the model never sees are uneven on what it does see."""
+    texts = [f"{number} " * 9 for number in range(40)]
+    parent = sentence.load(str(tiny_parent), device="cpu")
+    parent.max_seq_length = 6
+    one, other = upcycle(parent, calibration_texts=texts), upcycle(parent, calibration_texts=[f"{t} more" for t in texts])
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
 
 
 def test_a_model_without_its_tokenizer_is_refused():

@@ -48,6 +48,9 @@ def test_gates_start_from_a_file_of_texts(tmp_path, monkeypatch, capsys):
     assert hagmoe("upcycle", parent, out, "--calibration-texts", texts, monkeypatch=monkeypatch) == 0
     assert "gates started from 30 texts" in capsys.readouterr().out
     assert json.loads((out / "upcycling_report.json").read_text())["calibration"]["texts"] == 30
+    texts.write_text("\n".join(f"{text[:20]}\t{text}" for text in demo.read_corpus()[0][:30]), encoding="utf-8")
+    assert hagmoe("upcycle", parent, tmp_path / "paired", "--calibration-texts", texts, monkeypatch=monkeypatch) == 0
+    assert "gates started from 60 texts" in capsys.readouterr().out
 
 
 def test_a_plain_transformers_folder_keeps_its_tokenizer(tmp_path, monkeypatch):

@@ -42,6 +42,11 @@ def _layer_list(value: str) -> list[int]:
         raise typer.BadParameter(f"{value!r} is not possible; allowed: layer numbers like 1,3,5.") from None
 
 
+def _items(path: Path) -> list[tuple[str, ...]]:
+    """Texts that belong together, line by line."""
+    return [tuple(line.split("\t")) for line in read_lines(path)]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"hagmoe_hf {version('hagmoe_hf')}")
@@ -72,7 +77,10 @@ def upcycle(
     group_routing: Annotated[Literal["sequence", "token"], typer.Option(help="Who opens groups.")] = "sequence",
     combine_rule: Annotated[Literal["selection", "normalized"], typer.Option(help="Weights of the experts.")] = "selection",
     calibration_texts: Annotated[
-        Path | None, typer.Option(help="UTF-8 file, one text per line, from which the gates start; random gates by default.")
+        Path | None,
+        typer.Option(
+            help="UTF-8 file from which the gates start: one text per line, or several that belong together, between tabs."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new routers.", min=0, max=2**32 - 1)] = 0,
     allow_key_mismatch: Annotated[
@@ -91,7 +99,7 @@ def upcycle(
             shared_expert_fraction=shared_expert_fraction,
             group_routing=group_routing,
             combine_rule=combine_rule,
-            calibration_texts=None if calibration_texts is None else read_lines(calibration_texts),
+            calibration_texts=None if calibration_texts is None else _items(calibration_texts),
             seed=seed,
             allow_key_mismatch=allow_key_mismatch,
         )

@@ -19,7 +19,7 @@ from ..modeling_hagmoe import HagMoePreTrainedModel
 from ..upcycling import upcycle
 from .arguments import TrainOptions, parse
 from .curriculum import CurriculumCallback, read_curriculum
-from .data import DataReport, load_rows, refuse_too_small, text_length
+from .data import LABEL, DataReport, load_rows, refuse_too_small, text_length
 from .lora import add_lora, merge_lora
 from .losses import LOSSES, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
@@ -210,10 +210,20 @@ def _refuse_unknown_domains(curriculum: CurriculumCallback | None, train_data: D
             )
 
 
-def _calibration_texts(train_data: DatasetDict, rows: int, seed: int) -> list[str] | None:
-    """All texts of a sample of rows from every domain; None for no rows."""
-    samples = [data.shuffle(seed=seed).select(range(min(rows, len(data)))) for data in train_data.values()]
-    return [text for data in samples for row in data for text in row.values() if isinstance(text, str)] if rows else None
+def _calibration_texts(train_data: DatasetDict, rows: int, seed: int) -> list[tuple[str, ...]] | None:
+    """All texts of a sample of rows from every domain; None for no rows.
+
+    The first two texts of a row belong together, unless a label says how much they do; further ones are negatives.
+    """
+    if not rows:
+        return None
+    items: list[tuple[str, ...]] = []
+    for data in train_data.values():
+        together = 1 if LABEL in data.column_names else 2
+        for row in data.shuffle(seed=seed).select(range(min(rows, len(data)))):
+            texts = [text for text in row.values() if isinstance(text, str)]
+            items += [tuple(texts[:together]), *((text,) for text in texts[together:])]
+    return items
 
 
 def _load_model(
@@ -223,6 +233,8 @@ def _load_model(
     assert options.model is not None
     model = sentence.load(options.model, device=str(arguments.device))
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
+        if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
+            model.max_seq_length = max(3, options.max_length)
         texts = _calibration_texts(train_data, options.calibration_rows, arguments.seed)
         model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **options.upcycling)
         say(arguments, str(model.upcycling_report))

@@ -74,6 +74,10 @@ PAIRED = replace(
     FOUR_LAYERS, name="pairs-1-2-3-4", about="the same, its gates started from what the texts of pairs share", paired=True
 )
 
+HELD = replace(
+    PAIRED, name="pairs-held", about="the same, and its gates stay as they started", frozen_gates=1.0, balancing=None
+)
+
 
 def _fixed(name: str, about: str, routing: str, **upcycling: Any) -> Arm:
     return Arm(name, about, upcycling=upcycling, routing=routing, balancing=None)
@@ -130,6 +134,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         _variant("layers-3-4-5", "the last three layers", upcycling={"sparse_layers": [3, 4, 5]}),
         FOUR_LAYERS,
         PAIRED,
+        HELD,
         _variant("groups-2x4", "two groups of four", upcycling={"n_group": 2}),
         _variant("groups-8x2", "eight groups of two", upcycling={"n_group": 8, "num_experts": 16}),
         _variant("groups-8x1", "eight groups of one", upcycling={"n_group": 8}),
