@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 ARMS = {arm.name: arm for table_arms in TABLES.values() for arm in table_arms}
 TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_pairs=20)
 # Arms of the tables, as far as three layers go
-LAYERS = {"layer-3": [1], "layers-2-4": [0, 1], "layers-3-4-5": [1, 2], "layers-1-2-3-4": [0, 1, 2]}
+LAYERS = {"layer-3": [1], "layers-2-4": [0, 1], "layers-3-4-5": [1, 2], "layers-1-2-3-4": [0, 1, 2], "pairs-held": [1, 2]}
 
 
 def fitted(arm: Arm) -> Arm:
@@ -136,7 +136,10 @@ def test_a_domain_gives_every_row_before_it_repeats_one(pairs):
 
 
 # Arms that differ in nothing but how they are trained start as one
-BUILT = {(arm.kind, str(arm.upcycling), arm.calibrated, arm.routing, arm.mean_pooled): name for name, arm in ARMS.items()}
+BUILT = {
+    (arm.kind, str(arm.upcycling), arm.calibrated, arm.paired, arm.routing, arm.mean_pooled): name
+    for name, arm in ARMS.items()
+}
 
 
 @pytest.mark.parametrize("name", sorted(BUILT.values()))
@@ -246,6 +249,42 @@ def test_rates_differ_by_kind_of_parameter(prepared):
     assert {kind: group["factor"] for kind, group in groups.items()} == {"shared": 1.0, "experts": 4.0, "router": 10.0}
     trained_numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() for group in groups.values() for p in group["params"]) == trained_numbers
+
+
+def test_what_learns_at_no_rate_stays_the_parents(prepared, pairs, dev, tmp_path):
+    """It needs no gradient either, or its part of the norm would shorten the others' steps."""
+    arm = dataclasses.replace(HAG, shared_rate=0.0)
+    before = model_of(arm, prepared).state_dict()
+    _, model = trained(arm, prepared, pairs, dev, tmp_path)
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved
+    assert all(".experts." in name or ".router." in name for name in moved)
+    assert not any(
+        p.requires_grad for name, p in model.named_parameters() if ".experts." not in name and ".router." not in name
+    )
+
+
+def test_a_domain_that_is_left_out_is_never_seen(prepared, pairs):
+    """Neither in training nor where gates start."""
+    budget = dataclasses.replace(TINY_BUDGET, steps=200, left_out=("lexical",))
+    number = pairs.domains.index("lexical")
+    for mixed in (False, True):
+        rows = np.concatenate(inputs.plan(pairs, budget, 0, mixed))
+        assert number not in np.searchsorted(pairs.first_rows, rows, side="right") - 1
+    all_pairs, fewer = (inputs.calibration_pairs(prepared, 20, 16, left_out) for left_out in ((), ("lexical",)))
+    assert len(all_pairs) == len(fewer) + 20
+    assert set(fewer) < set(all_pairs)
+
+
+def test_gates_start_from_pairs_cut_to_what_training_sees(prepared):
+    """Longer texts would put the gates where no batch lies."""
+    tokenizer = SentenceTransformer(str(prepared / "parent"), device="cpu").tokenizer
+    cut, whole = (inputs.calibration_pairs(prepared, 20, length) for length in (8, 512))
+    assert len(cut) == len(whole) == 60
+    for short, long in zip(cut, whole, strict=True):
+        for text, original in zip(short, long, strict=True):
+            assert original.startswith(text)
+            assert tokenizer(text)["input_ids"] == tokenizer(original, truncation=True, max_length=8)["input_ids"]
 
 
 @pytest.mark.parametrize("rule", ["token hash", "text hash", "domain"])

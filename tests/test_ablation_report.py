@@ -11,7 +11,9 @@ from ablation.report import Difference, crossover, curve_gains, difference, kit_
 TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_pairs=20)
 
 
-def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4) -> dict:
+def result(
+    arm: Arm, seed: int, gain: float, kit: float | None = None, rate: float = 1e-4, budget: Budget = TINY_BUDGET
+) -> dict:
     """A result file as a run writes it, whose held-out MRR is .5 plus `gain`, and half of that in the middle."""
     curve = [
         {
@@ -27,7 +29,7 @@ def result(arm: Arm, seed: int, gain: float, kit: float | None = None, rate: flo
     return {
         "arm": dataclasses.asdict(arm), "seed": seed, "learning_rate": rate, "curve": curve, "kit": scores, "seconds": 9.0,
         "parameters": {"total": 2e6, "active": 1e6}, "device": "CPU", "versions": {}, "date": "2026", "command": "c",
-        "commit": "x",
+        "commit": "x", "budget": dataclasses.asdict(budget),
     }  # fmt: skip
 
 
@@ -90,3 +92,17 @@ def test_tables_pair_runs_by_seed(tmp_path):
     row = next(line for line in table(1, [DENSE, HAG], budget, done, {}).splitlines() if line.startswith("| hag "))
     assert "+2.15 ± 0.07 (2 of 3 seeds)" in row, "a run without kit scores must not hide the others'"
     assert row.endswith("2 of 3 seeds: no verdict |")
+
+
+def test_domains_that_were_left_out_have_columns_of_their_own():
+    """What training costs elsewhere must not be averaged into what it gains."""
+    budget = dataclasses.replace(TINY_BUDGET, learning_rates=(1e-4,), seeds=(0,), left_out=("b",))
+    done = {results.run_name(arm, 1e-4, 0): result(arm, 0, 0.1, budget=budget) for arm in (DENSE, HAG)}
+    done[results.run_name(HAG, 1e-4, 0)]["curve"][-1]["dev_mrr"] = {"a": 0.63, "b": 0.58}
+    rows = [line.split(" | ") for line in table(1, [DENSE, HAG], budget, done, {}).splitlines() if " | " in line]
+    headings, dense, hag = rows[:3]
+    trained, left_out = headings.index("held-out MRR"), headings.index("left-out MRR")
+    assert (dense[trained], dense[left_out]) == ("60.00", "60.00")
+    assert hag[trained : trained + 2] == ["63.00", "+3.00"]
+    assert hag[left_out : left_out + 2] == ["58.00", "-2.00"]
+    assert any(row[0] == "| b (left out)" for row in rows)
