@@ -14,14 +14,15 @@ import pandas as pd
 import pytest
 import torch
 from ablation import budgets, inputs, loop, report, results, run, scoring
-from ablation.arms import CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
+from ablation.arms import BRANCH, CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
 from ablation.budgets import Budget
 from ablation.lengths import scores_by_length
 from ablation.loop import Contrastive, Setting
-from ablation.models import build, parameter_groups
+from ablation.models import build, mixture, parameter_groups
 from ablation.parting import mean_with_error, merged_experts, one_group, parting, ranks_by_merging, reciprocal_ranks
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
 from evaluation_helpers import shipped_rows, write_rows
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -503,6 +504,38 @@ def test_a_budget_that_follows_goes_on_where_the_other_ended(prepared, tmp_path,
     assert "8 steps of 6 pairs, at most 16 tokens, after those of `tiny`" in text
     done, before = (results.read_results(folder / name) for name in ("tiny-2", "tiny"))
     assert [pairs for pairs, _ in report.whole_curve(arms[1], then, done, before)] == [24, 48, 72, 96]
+
+
+def test_a_branch_goes_on_from_the_dense_run(prepared, tmp_path, monkeypatch):
+    """With the vectors that it ended with, and gates that start from the states of that model."""
+    first = dataclasses.replace(TINY_BUDGET, seeds=(0,))
+    then = dataclasses.replace(first, name="tiny-2", follows="tiny")
+    branch = fitted(BRANCH)
+    for module in (budgets, report):
+        monkeypatch.setattr(module, "BUDGETS", {"tiny": first, "tiny-2": then})
+    monkeypatch.setattr(report, "TABLES", {5: (DENSE, branch)})
+    folder, work = tmp_path / "results", tmp_path / "work"
+
+    def run_all(budget, *arms):
+        return run.run_table(arms, budget, prepared, folder, work, 9, "cpu", "x", kit=False, keep=True)
+
+    assert run_all(first, DENSE)
+    assert run_all(then, DENSE, branch)
+    done = results.read_results(folder / "tiny-2")
+    ended = results.read_results(folder / "tiny")[results.run_name(DENSE, 1e-3, 0)]["curve"][-1]["dev_mrr"]
+    for arm in (DENSE, branch):
+        entry = done[results.run_name(arm, 1e-3, 0)]
+        assert entry["curve"][0]["dev_mrr"] == pytest.approx(ended, abs=1e-6)
+        assert entry["curve"][-1]["dev_mrr"] != ended
+    model = run.kept_model(done[results.run_name(branch, 1e-3, 0)], work, prepared)
+    dense = build(DENSE, prepared / "parent", [], 0, "cpu")
+    dense.load_state_dict(load_file(run.kept_weights(work, "tiny", results.run_name(DENSE, 1e-3, 0))))
+    started = mixture(branch, dense, inputs.calibration_pairs(prepared, 20, 16), 0).state_dict()
+    gates = {name: weight for name, weight in model.state_dict().items() if "gate.weight" in name}
+    assert gates
+    assert all(torch.equal(weight, started[name]) for name, weight in gates.items())
+    report.write_reports(folder)
+    assert "| branch |" in (folder / "tiny-2/table5.md").read_text()
 
 
 def test_a_run_whose_vectors_could_not_be_written_is_not_done(prepared, tmp_path, monkeypatch):

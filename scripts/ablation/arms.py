@@ -24,6 +24,7 @@ class Arm:
         router_rate: Factor on the learning rate of the routers.
         shared_gradient: Part of the sum over all experts' gradients in each expert's, from 0 to 1, where they stay equal.
         frozen_gates: Share of the steps in which the routers stay as they are.
+        branches: Whether it goes on from the dense parent's run, where its budget follows another: upcycled after that.
         dense_share: Share of the steps that train the dense parent, before it is upcycled.
         average: Decay of the weights' moving average, which is what is evaluated at the end; 0 for none.
         distillation: Weight of the parent's similarities in the loss.
@@ -44,6 +45,7 @@ class Arm:
     router_rate: float = 1.0
     shared_gradient: float = 0.0
     frozen_gates: float = 0.0
+    branches: bool = False
     dense_share: float = 0.0
     average: float = 0.0
     distillation: float = 0.0
@@ -76,6 +78,14 @@ PAIRED = replace(
 
 HELD = replace(
     PAIRED, name="pairs-held", about="the same, and its gates stay as they started", frozen_gates=1.0, balancing=None
+)
+
+BRANCH = replace(
+    PAIRED,
+    name="branch",
+    about="upcycled from the dense parent's earlier run, gates from what pairs share; they stay, biases balance",
+    frozen_gates=1.0,
+    branches=True,
 )
 
 
@@ -166,5 +176,12 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             shared_rate=0.3,
             expert_rate=3.0,
         ),
+    ),
+    # The same training, upcycled late: experts part from a dense model that was trained already
+    5: (
+        DENSE,
+        BRANCH,
+        replace(BRANCH, name="branch-texts", about="the same, gates from texts alone", paired=False),
+        replace(BRANCH, name="branch-learned", about="the same as branch, but its gates learn", frozen_gates=0.0),
     ),
 }

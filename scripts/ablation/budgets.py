@@ -63,6 +63,8 @@ BUDGETS = {
         Budget("medium", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True),
         # And as long again, from where those runs ended: what is the trend?
         Budget("medium-2", 1500, 64, 32, (1e-4,), (0, 1, 2), 200, 5, bfloat16=True, follows="medium"),
+        # Half as long, from there: arms that are upcycled from the dense parent's run, against that run going on
+        Budget("branch", 750, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, follows="medium"),
         # For a CPU: what does training cost in domains of which it saw nothing?
         Budget("left-out", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, left_out=LEFT_OUT),
         # For a GPU: about one pass over the pairs

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import TrainerState
 
-from ablation.arms import Arm
+from ablation.arms import DENSE, Arm
 from ablation.budgets import Budget
 from ablation.inputs import Pairs, plan
 from ablation.models import build, mixture, parameter_groups
@@ -256,12 +256,19 @@ def _point(step: int, setting: Setting, model: SentenceTransformer, dev: Pairs, 
 
 def _begin(setting: Setting, texts: list[tuple[str, str]], folder: Path) -> tuple[Run, Trainee, list[Tensor]]:
     path = folder / "checkpoint.pt"
-    arm = replace(setting.arm, dense_share=0.0, calibrated=False) if setting.start else setting.arm
+    begins = not path.is_file()
+    arm = setting.arm
+    if setting.start and arm.branches and begins:
+        arm = DENSE
+    elif setting.start:
+        arm = replace(arm, dense_share=0.0, calibrated=False)
     torch.manual_seed(setting.seed)
     model = build(arm, setting.inputs / "parent", texts, setting.seed, setting.device)
-    if not path.is_file():
+    if begins:
         if setting.start is not None:
             model.load_state_dict(load_file(setting.start))
+            if setting.arm.branches:
+                model = mixture(setting.arm, model, texts, setting.seed)
         torch.manual_seed(setting.seed)  # the same dropout for every arm, however many weights it drew
         return Run(), Trainee(setting, model, texts), []
     saved = torch.load(path, map_location=setting.device, weights_only=True)

@@ -156,7 +156,7 @@ def curve_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> list[tuple[
 def whole_curve(arm: Arm, budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> list[tuple[int, float]]:
     """`curve_gains` of an arm over `BASELINE`, from the first pairs on, also where the runs go on from those of `before`."""
     runs, earlier = runs_of(arm, budget, done), []
-    if before:
+    if before and not arm.branches:
         first = runs_of(arm, BUDGETS[budget.follows], before)
         runs_before = {seed: run for seed, run in first.items() if seed in runs}
         earlier = curve_gains(runs_before, runs_of(DENSE, BUDGETS[budget.follows], before))

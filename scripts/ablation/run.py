@@ -80,7 +80,9 @@ def run_table(
     while time.monotonic() < deadline and (todo := due(arms, budget, read_results(folder))):
         arm, rate, seed = todo[0]
         name = run_name(arm, rate, seed)
-        start = kept_weights(work, budget.follows, name) if budget.follows else None
+        start = None
+        if budget.follows:
+            start = kept_weights(work, budget.follows, run_name(DENSE if arm.branches else arm, rate, seed))
         setting = Setting(arm, budget, rate, seed, inputs, device, start)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
