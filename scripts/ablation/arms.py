@@ -83,8 +83,9 @@ HELD = replace(
 BRANCH = replace(
     PAIRED,
     name="branch",
-    about="upcycled from the dense parent's earlier run, gates from what pairs share; they stay, biases balance",
+    about="upcycled from the dense parent's earlier run, gates from what pairs share; they stay, and nothing balances",
     frozen_gates=1.0,
+    balancing=None,
     branches=True,
 )
 
@@ -182,6 +183,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         DENSE,
         BRANCH,
         replace(BRANCH, name="branch-texts", about="the same, gates from texts alone", paired=False),
-        replace(BRANCH, name="branch-learned", about="the same as branch, but its gates learn", frozen_gates=0.0),
+        replace(BRANCH, name="branch-balanced", about="the same as branch, but biases balance", balancing={}),
+        replace(BRANCH, name="branch-learned", about="the same, and gates learn", balancing={}, frozen_gates=0.0),
     ),
 }
