@@ -81,12 +81,12 @@ def setting(arm: Arm, folder: Path, **changes) -> Setting:
 
 
 def trained(arm: Arm, prepared: Path, pairs, dev, work: Path, deadline: float = math.inf, **changes):
-    texts = inputs.calibration_pairs(prepared, TINY_BUDGET.calibration_pairs, TINY_BUDGET.max_length)
+    texts = inputs.calibration_pairs(prepared, TINY_BUDGET)
     return loop.train(setting(arm, prepared, **changes), pairs, dev, texts, work, deadline)
 
 
 def model_of(arm: Arm, folder: Path) -> SentenceTransformer:
-    model = build(fitted(arm), folder / "parent", inputs.calibration_pairs(folder, 20, 16), 0, "cpu").eval()
+    model = build(fitted(arm), folder / "parent", inputs.calibration_pairs(folder, TINY_BUDGET), 0, "cpu").eval()
     set_domain(sentence.encoder_of(model), "code")
     return model
 
@@ -272,16 +272,34 @@ def test_a_domain_that_is_left_out_is_never_seen(prepared, pairs):
     for mixed in (False, True):
         rows = np.concatenate(inputs.plan(pairs, budget, 0, mixed))
         assert number not in np.searchsorted(pairs.first_rows, rows, side="right") - 1
-    all_pairs, fewer = (inputs.calibration_pairs(prepared, 20, 16, left_out) for left_out in ((), ("lexical",)))
-    assert len(all_pairs) == len(fewer) + 20
+    all_pairs, fewer = (inputs.calibration_pairs(prepared, one) for one in (TINY_BUDGET, budget))
     assert set(fewer) < set(all_pairs)
+
+
+def test_gates_start_from_domains_as_they_are_drawn(prepared):
+    """Groups that are even over domains alike are not even over batches, and biases would tear them apart."""
+    counts = {}
+    manifest = json.loads((prepared / "manifest.json").read_text())["domains"]
+    for temperature in (1.0, 1e9):
+        for domain in manifest:
+            others = tuple(set(manifest) - {domain})
+            budget = dataclasses.replace(TINY_BUDGET, temperature=temperature, left_out=others)
+            alone = set(inputs.calibration_pairs(prepared, budget))
+            drawn = inputs.calibration_pairs(prepared, dataclasses.replace(budget, left_out=()))
+            counts[temperature, domain] = sum(pair in alone for pair in drawn)
+    most = max(domain["train"] for domain in manifest.values())
+    assert {domain: counts[1.0, domain] for domain in manifest} == {
+        domain: math.ceil(20 * numbers["train"] / most) for domain, numbers in manifest.items()
+    }
+    assert {counts[1e9, domain] for domain in manifest} == {20}
 
 
 def test_gates_start_from_pairs_cut_to_what_training_sees(prepared):
     """Longer texts would put the gates where no batch lies."""
     tokenizer = SentenceTransformer(str(prepared / "parent"), device="cpu").tokenizer
-    cut, whole = (inputs.calibration_pairs(prepared, 20, length) for length in (8, 512))
-    assert len(cut) == len(whole) == 60
+    budgets_of_length = (dataclasses.replace(TINY_BUDGET, max_length=length) for length in (8, 512))
+    cut, whole = (inputs.calibration_pairs(prepared, budget) for budget in budgets_of_length)
+    assert len(cut) == len(whole)
     for short, long in zip(cut, whole, strict=True):
         for text, original in zip(short, long, strict=True):
             assert original.startswith(text)
@@ -530,7 +548,7 @@ def test_a_branch_goes_on_from_the_dense_run(prepared, tmp_path, monkeypatch):
     model = run.kept_model(done[results.run_name(branch, 1e-3, 0)], work, prepared)
     dense = build(DENSE, prepared / "parent", [], 0, "cpu")
     dense.load_state_dict(load_file(run.kept_weights(work, "tiny", results.run_name(DENSE, 1e-3, 0))))
-    started = mixture(branch, dense, inputs.calibration_pairs(prepared, 20, 16), 0).state_dict()
+    started = mixture(branch, dense, inputs.calibration_pairs(prepared, TINY_BUDGET), 0).state_dict()
     gates = {name: weight for name, weight in model.state_dict().items() if "gate.weight" in name}
     assert gates
     assert all(torch.equal(weight, started[name]) for name, weight in gates.items())

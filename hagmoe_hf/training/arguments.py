@@ -82,7 +82,10 @@ class TrainOptions:
         default="selection", metadata=_help("Upcycling: weights of experts.", choices=("selection", "normalized"))
     )
     calibration_rows: int = field(
-        default=0, metadata=_help("Upcycling: start the gates from so many rows of every domain of train_data.")
+        default=0,
+        metadata=_help(
+            "Upcycling: start the gates from so many rows of the largest domain, and of the others as training draws them."
+        ),
     )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))

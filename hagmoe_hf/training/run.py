@@ -1,5 +1,6 @@
 """The train command: from options to a folder that holds a model."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -210,17 +211,19 @@ def _refuse_unknown_domains(curriculum: CurriculumCallback | None, train_data: D
             )
 
 
-def _calibration_texts(train_data: DatasetDict, rows: int, seed: int) -> list[tuple[str, ...]] | None:
-    """All texts of a sample of rows from every domain; None for no rows.
+def _calibration_texts(train_data: DatasetDict, rows: int, temperature: float, seed: int) -> list[tuple[str, ...]] | None:
+    """All texts of a sample, with `rows` of the largest domain and of others as training draws them; None for no rows.
 
     The first two texts of a row belong together, unless a label says how much they do; further ones are negatives.
     """
     if not rows:
         return None
     items: list[tuple[str, ...]] = []
+    largest = max(map(len, train_data.values()))
     for data in train_data.values():
         together = 1 if LABEL in data.column_names else 2
-        for row in data.shuffle(seed=seed).select(range(min(rows, len(data)))):
+        wanted = math.ceil(rows * (len(data) / largest) ** (1 / temperature))
+        for row in data.shuffle(seed=seed).select(range(min(wanted, len(data)))):
             texts = [text for text in row.values() if isinstance(text, str)]
             items += [tuple(texts[:together]), *((text,) for text in texts[together:])]
     return items
@@ -235,7 +238,7 @@ def _load_model(
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
-        texts = _calibration_texts(train_data, options.calibration_rows, arguments.seed)
+        texts = _calibration_texts(train_data, options.calibration_rows, options.temperature, arguments.seed)
         model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere

@@ -18,7 +18,7 @@ class Budget:
         evaluations: Points of the curve after the start, evenly spaced.
         warmup: Share of the steps in which the rate rises; then it falls to 0, both linearly.
         temperature: T of the domains' weights n^(1/T).
-        calibration_pairs: Of every domain, where gates start from texts.
+        calibration_pairs: Of the domain that is drawn most often, where gates start from texts; of others as they are drawn.
         bfloat16: Whether training computes under bfloat16 autocast; evaluation is float32 in any case.
         follows: Name of the budget whose kept runs this one goes on from, with other batches and a new optimizer; "" where
             a run starts from the parent.

@@ -5,6 +5,7 @@ A step's batch is gathered on the device from flat arrays, so the loop neither t
 
 import gzip
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,16 +167,22 @@ def _cut(ids: np.ndarray, lengths: np.ndarray, max_length: int, most_rows: int |
     return ids[kept], np.minimum(lengths, max_length)
 
 
-def calibration_pairs(folder: Path, per_domain: int, max_length: int, left_out: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Pairs of every domain but those left out, each text cut to the tokens that training sees of it."""
+def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
+    """Pairs as training draws and sees them: so many of each domain as its weight says, texts cut to length."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
+    sizes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["domains"]
+    weights = {
+        domain: sizes[domain]["train"] ** (1 / budget.temperature) for domain in sizes if domain not in budget.left_out
+    }
     pairs: list[tuple[str, str]] = []
-    for path in sorted(path for path in (folder / "calibration").glob("*.json") if path.stem not in left_out):
+    for domain, weight in sorted(weights.items()):
+        path = folder / "calibration" / f"{domain}.json"
         texts = json.loads(path.read_text(encoding="utf-8"))
-        tokens = tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        tokens = tokenizer(texts, truncation=True, max_length=budget.max_length, return_offsets_mapping=True)
         cut = [text[: max(end for _, end in spans)] for text, spans in zip(texts, tokens["offset_mapping"], strict=True)]
         half = len(cut) // 2
-        pairs += list(zip(cut[:half], cut[half:], strict=False))[:per_domain]
+        wanted = math.ceil(budget.calibration_pairs * weight / max(weights.values()))
+        pairs += list(zip(cut[:half], cut[half:], strict=False))[:wanted]
     return pairs
 
 

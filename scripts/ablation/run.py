@@ -67,7 +67,7 @@ def run_table(
     folder = results / budget.name
     pairs = load_pairs(inputs, "train", budget.max_length, device)
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
-    texts = calibration_pairs(inputs, budget.calibration_pairs, budget.max_length, budget.left_out)
+    texts = calibration_pairs(inputs, budget)
     sets = scoring.kit_sets(inputs / "kit") if kit else []
     scorers = []
     for name, result in read_results(folder).items() if kit else ():
