@@ -164,6 +164,20 @@ def speed() -> str:
     return tables.split("\n\n")[0] + "\n\n" + head
 
 
+def calibration() -> str:
+    """Groups of gates that start from texts alone, and from pairs."""
+    result = json.loads((RESULTS / "calibration-pairs.json").read_text(encoding="utf-8"))
+    head = "| gates start from | layer | a pair's texts in one group | texts of two pairs in one group | "
+    rows = [head + "I(group; domain), bits | largest group over the mean one |", "|---|---|---|---|---|---|"]
+    for start, layers in result["ways"]["default"].items():
+        for layer in layers:
+            one = layer["one_group"]
+            cells = [start.split()[-1], layer["layer"], f"{one['with_positive']:.0%}", f"{one['with_negatives']:.0%}"]
+            rows.append(f"| {' | '.join(map(str, cells))} | {layer['information']:.2f} | {layer['largest_group']:.2f} |")
+    rows.append(f"\nPairs of 15 domains that the gates did not start from; {result['date']}; `{result['command']}`")
+    return "\n".join(rows)
+
+
 def specialization() -> str:
     """What each expert knows of the domain before and after a short training."""
     result = json.loads((RESULTS / "specialization.json").read_text(encoding="utf-8"))
@@ -299,6 +313,7 @@ def export() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "bulk": bulk,
+    "calibration": calibration,
     "export": export,
     "exactness": exactness,
     "exactness_summary": exactness_summary,

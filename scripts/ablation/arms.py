@@ -118,6 +118,10 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         DENSE,
         CALIBRATED,
         _variant("experts-x4", "experts learn four times as fast: their gradients are rare", expert_rate=4.0),
+        _variant("shared-x0.3", "what is shared learns slowly, experts fast", shared_rate=0.3, expert_rate=3.0),
+        _variant("experts-only-x3", "only experts and routers learn", shared_rate=0.0, expert_rate=3.0),
+        _variant("experts-only-x10", "the same, experts faster", shared_rate=0.0, expert_rate=10.0),
+        replace(DENSE, name="dense-x0.3", about="the dense parent at three tenths of the rate", shared_rate=0.3),
         _variant("gradient-0.2", "experts learn to a fifth from each other's tokens", shared_gradient=0.2),
         _variant("gradient-0.5", "experts learn as much from each other's tokens as from their own", shared_gradient=0.5),
         _variant("gradient-1", "experts learn the same: the dense parent, trained in a mixture's form", shared_gradient=1.0),
@@ -160,26 +164,8 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             upcycling={"num_experts_per_tok": 2, "topk_group": 2, "combine_rule": "normalized"},
         ),
     ),
-    # What is kept of the parent where nothing was trained
-    4: (
-        DENSE,
-        replace(DENSE, name="dense-x0.3", about="the same at three tenths of the rate", shared_rate=0.3),
-        replace(DENSE, name="dense-distilled", about="the dense parent that keeps its similarities", distillation=0.3),
-        FOUR_LAYERS,
-        replace(
-            FOUR_LAYERS, name="experts-only-x3", about="only experts and routers learn", shared_rate=0.0, expert_rate=3.0
-        ),
-        replace(FOUR_LAYERS, name="experts-only-x10", about="the same, experts faster", shared_rate=0.0, expert_rate=10.0),
-        replace(
-            FOUR_LAYERS,
-            name="shared-x0.3",
-            about="what is shared learns slowly, experts fast",
-            shared_rate=0.3,
-            expert_rate=3.0,
-        ),
-    ),
     # The same training, upcycled late: experts part from a dense model that was trained already
-    5: (
+    4: (
         DENSE,
         BRANCH,
         replace(BRANCH, name="branch-texts", about="the same, gates from texts alone", paired=False),

@@ -21,9 +21,10 @@ BASELINE = DENSE.name
 Reader = Callable[..., float | None]  # of a figure in a result
 # The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
 LEAST_GAIN, DEVIATIONS, LARGEST_LOSS = 1.0, 2.0, 0.5
+LEFT_OUT_HEADINGS = ("left-out MRR", "difference")  # only where a budget leaves domains out
 HEADINGS = (
     "arm", "rate", "seeds", "active M", "total M", "held-out MRR", "difference", "crossover at", "loss",
-    "left-out MRR", "difference", "kit", "difference",
+    *LEFT_OUT_HEADINGS, "kit", "difference",
     "unseen sources", "MaxVio groups", "s/step", "pays?",
 )  # fmt: skip
 # Sets of the kit from sources that contributed no training pair
@@ -166,6 +167,8 @@ def whole_curve(arm: Arm, budget: Budget, done: dict[str, dict], before: dict[st
 def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> str:
     """Markdown of one table; `before` are the results that those of this budget go on from."""
     baseline = runs_of(arms[0], budget, done)
+    at = HEADINGS.index(LEFT_OUT_HEADINGS[0])
+    headings = HEADINGS if budget.left_out else (*HEADINGS[:at], *HEADINGS[at + len(LEFT_OUT_HEADINGS) :])
     lines = [
         f"# Table {number}, budget {budget.name}",
         "",
@@ -175,8 +178,8 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], b
         "± standard deviation over seeds, in points of 0 to 100. Held-out MRR ranks a pair's positive among its domain's; "
         "the kit never chose anything. Made by `python scripts/ablation.py --report`.",
         "",
-        f"| {' | '.join(HEADINGS)} |",
-        "|---" * len(HEADINGS) + "|",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
     ]
     for arm in arms:
         cross = None if arm.name == BASELINE else crossover(whole_curve(arm, budget, done, before))
@@ -207,7 +210,7 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         *_mean_and_gain(held_out, runs, baseline),
         f"{cross:,}" if cross else "",
         "" if is_baseline or loss is None else f"{loss:.4f}",
-        *_mean_and_gain(partial(held_out, left_out=True), runs, baseline),
+        *(_mean_and_gain(partial(held_out, left_out=True), runs, baseline) if budget.left_out else ()),
         *_mean_and_gain(kit_macro, runs, baseline),
         "" if is_baseline else _of_seeds(unseen, len(runs)),
         " ".join(f"{layer['max_vio_groups']:.2f}" for layer in routing),
