@@ -63,6 +63,9 @@ def prepared(tiny_parent, pairs_file, corpus, tmp_path_factory) -> Path:
     for name in ("texts.jsonl", "hagmoe_hf/demo/corpus.jsonl"):
         write_rows(folder / name, texts)
     (folder / "texts.txt").write_text("\n".join(" ".join(text.split()) for text in corpus[:64]), encoding="utf-8")
+    halves = [text.split() for text in corpus[:64]]
+    lines = [f"{' '.join(words[: len(words) // 2])}\t{' '.join(words[len(words) // 2 :])}" for words in halves]
+    (folder / "pairs.txt").write_text("\n".join(lines), encoding="utf-8")
     small_kit(folder / "my_data")
     write_rows(folder / "kit/sts/wordsim353/test.jsonl", shipped_rows("sts/wordsim353", "test")[:60])
     (folder / "kit/retrieval").mkdir()
