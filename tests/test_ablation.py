@@ -306,7 +306,7 @@ def test_gates_start_from_pairs_cut_to_what_training_sees(prepared):
             assert tokenizer(text)["input_ids"] == tokenizer(original, truncation=True, max_length=8)["input_ids"]
 
 
-@pytest.mark.parametrize("rule", ["token hash", "text hash", "domain"])
+@pytest.mark.parametrize("rule", ["token hash", "text hash", "domain", "subject"])
 def test_fixed_routing_depends_on_nothing_but_what_it_says(rule, prepared):
     """By token: the same token, the same expert. By text: one expert, whatever the padding. By domain: the domain's."""
     arm = next(arm for arm in ARMS.values() if arm.routing == rule)

@@ -16,7 +16,8 @@ class Arm:
         upcycling: Options of `hagmoe_hf.upcycle`.
         calibrated: Whether the gates start from texts.
         paired: Whether they start from what the texts of pairs share.
-        routing: "learned", or what replaces every router: "token hash", "text hash" or "domain".
+        routing: "learned", or what replaces every router: "token hash", "text hash", "domain", or "subject", where a text's
+            expert in all layers is that of its mean embedding, which no training moves.
         mean_pooled: Whether the attention gate's query stays 0, so that it takes the mean.
         balancing: Arguments of `RouterCallback`; None for no balancing.
         shared_rate: Factor on the learning rate of all that is neither expert nor router; 0 keeps it as the parent's.
@@ -85,6 +86,16 @@ BRANCH = replace(
     name="branch",
     about="upcycled from the dense parent's earlier run, gates from what pairs share; they stay, and nothing balances",
     frozen_gates=1.0,
+    balancing=None,
+    branches=True,
+)
+
+SUBJECT = Arm(
+    "branch-subject",
+    "the same, but a text has one expert of eight in all layers, by what pairs share in their embeddings, which hold still",
+    upcycling={"sparse_layers": [1, 2, 3, 4], "n_group": 8},
+    paired=True,
+    routing="subject",
     balancing=None,
     branches=True,
 )
@@ -168,6 +179,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     4: (
         DENSE,
         BRANCH,
+        SUBJECT,
         replace(BRANCH, name="branch-texts", about="the same, gates from texts alone", paired=False),
         replace(BRANCH, name="branch-balanced", about="the same as branch, but biases balance", balancing={}),
         replace(BRANCH, name="branch-learned", about="the same, and gates learn", balancing={}, frozen_gates=0.0),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from ablation.arms import Arm
-from ablation.routers import fix_routing
+from ablation.routers import fix_routing, start_subjects
 from hagmoe_hf import sentence, upcycle
 
 NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
@@ -43,6 +43,8 @@ def mixture(
     encoder = sentence.encoder_of(model)
     if arm.routing != "learned":
         fix_routing(encoder, arm.routing)
+    if arm.routing == "subject" and arm.paired:
+        start_subjects(model, calibration_pairs, seed)
     if arm.mean_pooled:
         for layer in encoder.config.sparse_layers:
             query = encoder.layers[layer].mlp.router.attention_query

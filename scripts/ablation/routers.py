@@ -1,10 +1,14 @@
-"""Routing that nothing learns, in the place of every router: by a hash of the token, of the text, or by the true domain."""
+"""Routing that nothing learns, in the place of every router: by a hash of the token, of the text, by domain, by subject."""
+
+from typing import cast
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from hagmoe_hf import HagMoeModel
-from hagmoe_hf.routing_hagmoe import Routing, route
+from hagmoe_hf import HagMoeModel, sentence
+from hagmoe_hf.calibration import _choose, _gate
+from hagmoe_hf.routing_hagmoe import Routing, attention_pool, attention_pool_packed, route
 
 PRIME = 2_654_435_761  # Knuth's multiplicative hash: neighbouring ids part
 CERTAIN = 1e4  # a logit that leaves nothing to the others
@@ -49,7 +53,7 @@ class FixedRouter(nn.Module):
 
     Args:
         config: Of the mixture; one choice, over all experts.
-        rule: "token hash", "text hash" or "domain".
+        rule: "token hash", "text hash", "domain" or "subject".
     """
 
     def __init__(self, config, rule: str):
@@ -57,6 +61,10 @@ class FixedRouter(nn.Module):
         self.config, self.rule = config, rule
         self.input_ids: Tensor | None = None  # (B, L), seen in every forward pass
         self.expert: Tensor | None = None  # (B,) of the texts' domains, for "domain"
+        if rule == "subject":
+            self.register_buffer("keys", torch.zeros(config.num_experts, config.hidden_size))
+            self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.embedded: Tensor | None = None  # (B, L, D), seen in every forward pass
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing=None) -> Routing:
         """As `HagMoeRouter`: (B, L, D) states, or (1, T, D) of the real tokens alone; only their shape is used."""
@@ -73,10 +81,20 @@ class FixedRouter(nn.Module):
         expert_BL = key_BL // 2**16 % self.config.num_experts
         if self.rule == "domain":
             expert_BL = self.expert[text_BL] if len(self.expert) > 1 else self.expert.expand(text_BL.shape)
+        elif self.rule == "subject":
+            with torch.autocast(hidden_states.device.type, enabled=False):  # the same while training and after
+                expert_BL = _choose(self.mean_embeddings(token_mask, packing), self.keys, self.bias)[text_BL]
         logits_BLE = CERTAIN * nn.functional.one_hot(expert_BL, self.config.num_experts).float()
         return route(
             None, logits_BLE, token_mask, topk_group=1, top_k=1, combine_rule="selection", dtype=hidden_states.dtype
         )
+
+    def mean_embeddings(self, token_mask: Tensor | None, packing=None) -> Tensor:
+        """(B, D) mean of the embeddings of every text's real tokens: what it is about, before any layer that learns."""
+        embedded, query = cast(Tensor, self.embedded), cast(Tensor, self.embedded).new_zeros(self.config.hidden_size)
+        if packing is None:
+            return attention_pool(embedded, query, token_mask)
+        return attention_pool_packed(embedded, query, packing)[0][packing.starts()]
 
 
 def fix_routing(encoder: HagMoeModel, rule: str) -> list[FixedRouter]:
@@ -95,9 +113,36 @@ def fix_routing(encoder: HagMoeModel, rule: str) -> list[FixedRouter]:
         for router in routers:
             router.input_ids = args[0]
 
+    def see_embedded(module: nn.Module, args: tuple, embedded_BLD: Tensor) -> None:
+        for router in routers:
+            router.embedded = embedded_BLD.detach().float()
+
     # Not on the encoder itself: sentence-transformers calls its forward method past all hooks
     encoder.embeddings.word_embeddings.register_forward_pre_hook(see)
+    encoder.embeddings.register_forward_hook(see_embedded)
     return routers
+
+
+@torch.no_grad()
+def start_subjects(model: SentenceTransformer, pairs: list[tuple[str, str]], seed: int) -> None:
+    """Let every router by subject take clusters of what the texts of pairs share in their embeddings."""
+    encoder = sentence.encoder_of(model)
+    routers = [module for module in encoder.modules() if isinstance(module, FixedRouter)]
+    pooled: list[Tensor] = []
+    handle = routers[0].register_forward_hook(lambda router, args, _: pooled.append(router.mean_embeddings(*args[1:])))
+    tokens: list[Tensor] = []
+    for first in range(0, len(pairs), 32):
+        texts = [text for pair in pairs[first : first + 32] for text in pair]
+        features = model.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(encoder.device)
+        encoder(input_ids=features["input_ids"], attention_mask=features["attention_mask"])
+        tokens.append(features["attention_mask"].sum(1).float())
+    handle.remove()
+    item_N = torch.arange(len(pairs)).repeat_interleave(2)
+    generator = torch.Generator().manual_seed(seed)
+    keys_ED, bias_E = _gate(torch.cat(pooled).cpu(), torch.cat(tokens).cpu(), len(routers[0].bias), generator, item_N)
+    for router in routers:
+        router.keys.copy_(keys_ED)
+        router.bias.copy_(bias_E)
 
 
 def set_domain(encoder: HagMoeModel, domain: str) -> None:
