@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from ablation import budgets, inputs, loop, report, results, run, scoring
-from ablation.arms import BRANCH, CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, TABLES, WIDE, Arm
+from ablation.arms import BRANCH, CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, SUBJECT, TABLES, WIDE, Arm
 from ablation.budgets import Budget
 from ablation.lengths import scores_by_length
 from ablation.loop import Contrastive, Setting
@@ -306,7 +306,7 @@ def test_gates_start_from_pairs_cut_to_what_training_sees(prepared):
             assert tokenizer(text)["input_ids"] == tokenizer(original, truncation=True, max_length=8)["input_ids"]
 
 
-@pytest.mark.parametrize("rule", ["token hash", "text hash", "domain", "subject"])
+@pytest.mark.parametrize("rule", ["token hash", "text hash", "domain"])
 def test_fixed_routing_depends_on_nothing_but_what_it_says(rule, prepared):
     """By token: the same token, the same expert. By text: one expert, whatever the padding. By domain: the domain's."""
     arm = next(arm for arm in ARMS.values() if arm.routing == rule)
@@ -336,6 +336,32 @@ def test_fixed_routing_depends_on_nothing_but_what_it_says(rule, prepared):
         assert len(experts.unique()) == 1 if rule == "domain" else len(experts.unique()) > 3
     if rule == "domain":
         assert (experts == EXPERT_OF_DOMAIN["lexical"]).all()
+
+
+def test_a_subject_opens_one_path_that_padding_does_not_change(prepared):
+    """A text has the same expert in every layer, alone and in a batch, and all experts have texts."""
+    model = model_of(SUBJECT, prepared)
+    encoder = sentence.encoder_of(model)
+    chosen: list = []
+    for router in (module for module in encoder.modules() if isinstance(module, FixedRouter)):
+        router.register_forward_hook(lambda module, _, routing: chosen.append(routing.expert_index.flatten()))
+    texts = [text for pair in inputs.calibration_pairs(prepared, TINY_BUDGET) for text in pair]
+
+    def paths(batch_size: int) -> list[list[int]]:
+        chosen.clear()
+        tokens = [len(ids) for ids in model.tokenizer(texts)["input_ids"]]
+        for first in range(0, len(texts), batch_size):
+            batch = model.tokenizer(texts[first : first + batch_size], padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        by_layer = [torch.cat([index[index < 8] for index in chosen[layer::2]]).split(tokens) for layer in range(2)]
+        assert all(len(experts.unique()) == 1 for layer in by_layer for experts in layer)
+        return [[int(experts[0]) for experts in layer] for layer in by_layer]
+
+    first_layer, second_layer = paths(16)
+    assert first_layer == second_layer
+    assert set(first_layer) == set(range(8))
+    assert paths(1)[0] == first_layer
 
 
 def test_the_ceiling_knows_every_domain_of_the_kit():
