@@ -12,7 +12,6 @@ from transformers import BertConfig, BertModel
 from hagmoe_hf import sentence, upcycle
 from hagmoe_hf.analysis import stats
 from hagmoe_hf.analysis.stats import LabelLoad
-from hagmoe_hf.analysis.summary import summarize
 from hagmoe_hf.analysis.texts import Texts
 from hagmoe_hf.analysis.trace import label_load, record
 from hagmoe_hf.calibration import balancing_bias, even_k_means, shared_part
@@ -163,14 +162,19 @@ def test_what_is_shared_is_told_from_what_is_each_inputs_own():
 
 def test_pairs_start_gates_that_send_both_texts_to_one_group(real_parent, corpus):
     """What the gates of texts alone do not: there, what is long and what is short part."""
-    long = [text for text in corpus if len(text.split()) > 9]
-    pairs = [(" ".join(text.split()[:3]), text) for text in long]
+    words = [text.split()[:20] for text in corpus if len(text.split()) > 9]
+    pairs = [(" ".join(some[:3]), " ".join(some)) for some in words]
     others = tuple(text for pair in pairs[1::2] for text in pair)
 
     def agreement(calibration_texts) -> float:
         rows = np.arange(len(others)).reshape(-1, 2)
         trace = record(upcycle(real_parent, calibration_texts=calibration_texts), Texts(others, pairs=rows))
-        return min(layer["pairs"]["with_positive"] for layer in summarize(trace)["layers"])
+        shares = []
+        for layer in range(len(trace.layers)):
+            counts = stats.counts_per_text(trace.expert_index[:, layer], trace.text_start, trace.num_experts)
+            groups = stats.group_counts(counts, trace.num_groups).argmax(axis=1)
+            shares.append(stats.pair_agreement(groups, trace.texts.pairs)[0])  # of texts in the trace's order
+        return min(shares)
 
     alone = agreement([text for pair in pairs[::2] for text in pair])
     assert agreement(pairs[::2]) > alone + 0.15
