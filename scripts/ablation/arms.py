@@ -92,7 +92,7 @@ BRANCH = replace(
 
 SUBJECT = Arm(
     "branch-subject",
-    "upcycled after that run; a text has one expert of eight in all layers, by what pairs share in embeddings that hold still",
+    "upcycled after that run; a text has one expert of eight in all layers, by what pairs share in still embeddings",
     upcycling={"sparse_layers": [1, 2, 3, 4], "n_group": 8},
     paired=True,
     routing="subject",
