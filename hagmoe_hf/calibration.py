@@ -16,7 +16,6 @@ Axes:  N texts or tokens   P items, of texts that belong together   D hidden_siz
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -82,7 +81,7 @@ def calibrate(
         mixture: A mixture whose experts are still equal, so that its states do not depend on its routing.
         tokenize: Texts to `input_ids` and `attention_mask`, truncated.
         texts: Items, each a text or several that belong together; at least `num_experts` different texts that are not
-            empty. Of items with more than `MOST_TEXTS` texts a random sample is taken.
+            empty. Of more than `MOST_TEXTS` texts those of randomly drawn items are taken.
         seed: Seed of that sample and of the clustering.
 
     Raises:
@@ -92,9 +91,7 @@ def calibrate(
     generator = torch.Generator().manual_seed(seed)
     if sum(map(len, items)) > MOST_TEXTS:
         items = [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
-        sizes = accumulate(map(len, items))
-        items = [item for item, size in zip(items, sizes, strict=True) if size <= MOST_TEXTS]
-    kept = [(text, place) for place, item in enumerate(items) for text in item]
+    kept = [(text, place) for place, item in enumerate(items) for text in item][:MOST_TEXTS]
     kept.sort(key=lambda text_and_item: len(text_and_item[0]))  # so little of a batch is padding
     item_N = torch.tensor([place for _, place in kept])
     inputs = _router_inputs(mixture, tokenize, [text for text, _ in kept], generator)

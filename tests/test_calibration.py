@@ -9,7 +9,7 @@ from conftest import TINY, spread
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
-from hagmoe_hf import sentence, upcycle
+from hagmoe_hf import calibration, sentence, upcycle
 from hagmoe_hf.analysis import stats
 from hagmoe_hf.analysis.stats import LabelLoad
 from hagmoe_hf.analysis.texts import Texts
@@ -178,6 +178,15 @@ def test_pairs_start_gates_that_send_both_texts_to_one_group(real_parent, corpus
 
     alone = agreement([text for pair in pairs[::2] for text in pair])
     assert agreement(pairs[::2]) > alone + 0.15
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_of_too_many_texts_a_sample_is_taken(size, tiny_parent, monkeypatch):
+    """Also where a single item alone has more."""
+    monkeypatch.setattr(calibration, "MOST_TEXTS", 16)
+    texts = [f"text {number}" for number in range(40)]
+    items = [texts[first : first + size] for first in range(0, 40, size)]
+    assert upcycle(str(tiny_parent), calibration_texts=items).upcycling_report.calibration.texts == 16
 
 
 def test_a_text_is_read_as_far_as_its_model_reads_it(tmp_path, tiny_parent):
