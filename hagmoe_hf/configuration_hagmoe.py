@@ -23,11 +23,12 @@ class ParameterCounts(NamedTuple):
     total: int
     active: int
     embedding: int  # the lookup tables (words, positions, token types), part of both numbers above
+    memory: int = 0  # the n-gram memory, part of `total` alone: a token looks up a few of its rows and multiplies with none
 
     @property
     def total_non_embedding(self) -> int:
-        """Parameters without the lookup tables."""
-        return self.total - self.embedding
+        """Parameters without the lookup tables and the memory."""
+        return self.total - self.embedding - self.memory
 
     @property
     def active_non_embedding(self) -> int:
@@ -104,6 +105,11 @@ class HagMoeConfig(PreTrainedConfig):
             of `intermediate_size` where None.
         shared_expert_intermediate_size (`int`, *optional*): Width of the shared expert, a multiple of 8, 0 for none; half
             of `intermediate_size` where None.
+        ngram_memory_size (`int`): N-grams for which a row is learned that is added to the embeddings where they end; 0 for
+            no memory.
+        ngram_memory_order (`int`): Tokens of the longest n-gram in the memory.
+        ngram_memory_scale (`float`): Factor on the rows in the forward pass alone, by which they learn so many times as
+            fast as other weights under Adam: most rows are met rarely.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 
@@ -189,6 +195,9 @@ class HagMoeConfig(PreTrainedConfig):
     combine_rule: Literal["selection", "softmax", "normalized"] = "selection"
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
+    ngram_memory_size: int = 0
+    ngram_memory_order: int = 4
+    ngram_memory_scale: float | int = 100.0
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
 
@@ -284,6 +293,10 @@ class HagMoeConfig(PreTrainedConfig):
         ):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, value, "a probability between 0 and 1")
+        _require(self.ngram_memory_size >= 0, "ngram_memory_size", self.ngram_memory_size, "0 (no memory) or more rows")
+        _require(self.ngram_memory_order >= 1, "ngram_memory_order", self.ngram_memory_order, "an integer of at least 1")
+        scale = self.ngram_memory_scale
+        _require(0 < scale < float("inf"), "ngram_memory_scale", scale, "a finite number above 0")
         for name in ("initializer_range", "layer_norm_eps", "router_aux_loss_coef"):
             value = getattr(self, name)
             _require(0 <= value < float("inf"), name, value, "a finite number, 0 or more")
@@ -438,10 +451,12 @@ class HagMoeConfig(PreTrainedConfig):
         norms = (2 * self.num_hidden_layers + 1) * norm
         fixed = embedding + norms + self.num_hidden_layers * attention + n_dense * mlp(self.intermediate_size)
         fixed += n_sparse * (shared + router) + has_pooler * (D * D + D)
+        memory = (self.ngram_memory_size + 1) * D if self.ngram_memory_size else 0  # row 0: every n-gram it does not know
         return ParameterCounts(
-            total=fixed + n_sparse * E * expert,
+            total=fixed + n_sparse * E * expert + memory,
             active=fixed + n_sparse * self.num_experts_per_tok * expert,
             embedding=embedding,
+            memory=memory,
         )
 
 

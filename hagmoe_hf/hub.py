@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from . import configuration_hagmoe, kernels_hagmoe, modeling_hagmoe, routing_hagmoe
+from . import configuration_hagmoe, kernels_hagmoe, modeling_hagmoe, ngrams_hagmoe, routing_hagmoe
 from .configuration_hagmoe import HagMoeConfig
 from .model_card import published_card
 
-_MODULES = (configuration_hagmoe, kernels_hagmoe, routing_hagmoe, modeling_hagmoe)
+_MODULES = (configuration_hagmoe, kernels_hagmoe, ngrams_hagmoe, routing_hagmoe, modeling_hagmoe)
 HUB_FILES = tuple(Path(str(module.__file__)) for module in _MODULES)
 REQUIREMENTS = """# What the code beside the weights needs; or install hagmoe_hf, and leave trust_remote_code out.
 torch>=2.11

@@ -47,6 +47,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hagmoe import HagMoeConfig
 from .kernels_hagmoe import activate, is_traced, linear, run_experts
+from .ngrams_hagmoe import NEVER, ngram_rows
 from .routing_hagmoe import Packing, RealTokens, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
 
 BALANCING_BIASES = "balancing_biases.safetensors"  # beside adapters
@@ -172,6 +173,33 @@ class HagMoeEmbeddings(nn.Module):
         if self.position_embeddings is not None:
             embeddings = embeddings + self.position_embeddings(position_ids + self.position_offset)
         return self.dropout(self.norm(embeddings))
+
+
+class HagMoeNgramMemory(nn.Module):
+    """A row for every n-gram that is frequent in the user's texts, added to the embedding of the token where it ends.
+
+    Rows start at 0, and those of other n-grams stay there: what is not like the user's texts passes as in the parent.
+
+    Source: n-gram embeddings, arXiv 2502.01637 (SCONE); a memory that is looked up instead of computed, arXiv 2412.09764.
+    """
+
+    def __init__(self, config: HagMoeConfig):
+        super().__init__()
+        self.order, self.scale = config.ngram_memory_order, config.ngram_memory_scale
+        self.names: Tensor
+        self.register_buffer("names", torch.empty(config.ngram_memory_size, dtype=torch.int64))
+        self.rows = nn.Parameter(torch.empty(config.ngram_memory_size + 1, config.hidden_size))
+
+    def forward(self, input_ids: Tensor, follows: Tensor) -> Tensor:
+        """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
+        found = ngram_rows(input_ids, follows, self.names, self.order, is_traced())
+        states = F.embedding(found[0], self.rows, padding_idx=0)
+        for rows in found[1:]:
+            states = states + F.embedding(rows, self.rows, padding_idx=0)
+        if not torch.is_grad_enabled():
+            return states * self.scale
+        # The gradient of unscaled rows: Adam divides by its size in any case, and a norm to clip it by must not grow with it
+        return states + states.detach() * (self.scale - 1)
 
 
 class HagMoeRotaryEmbedding(nn.Module):
@@ -606,6 +634,9 @@ class HagMoePreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, HagMoeNgramMemory):
+            init.constant_(module.names, NEVER)
+            init.zeros_(module.rows)
         elif isinstance(module, HagMoeRotaryEmbedding):
             for name, buffer in module.named_buffers():
                 init.copy_(buffer, module.frequencies(name.removesuffix("_inv_freq"))[0])
@@ -714,6 +745,7 @@ class HagMoeModel(HagMoePreTrainedModel):
     def __init__(self, config: HagMoeConfig, add_pooling_layer: bool | None = None):
         super().__init__(config)
         self.embeddings = HagMoeEmbeddings(config)
+        self.ngram_memory = HagMoeNgramMemory(config) if config.ngram_memory_size else None
         self.rotary_emb = HagMoeRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.layers = nn.ModuleList(HagMoeLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm = HagMoeLayerNorm(config) if config.norm_placement == "pre" else None
@@ -789,6 +821,14 @@ class HagMoeModel(HagMoePreTrainedModel):
         tokens = texts if real_tokens is None else real_tokens.unpad(texts)
         word_states = self.embeddings.word_embeddings(tokens) if inputs_embeds is None else tokens
         hidden_states = self.embeddings(word_states, token_types, positions)
+        if self.ngram_memory is not None:
+            if input_ids is None:
+                raise ValueError(
+                    f"inputs_embeds is given to a model with ngram_memory_size={self.config.ngram_memory_size}; allowed: "
+                    "input_ids, since embeddings do not say which n-grams they are."
+                )
+            follows = follows_in_text(tokens, token_mask, packing, real_tokens)
+            hidden_states = hidden_states + self.ngram_memory(tokens, follows).to(hidden_states.dtype)
 
         rotations = {} if self.rotary_emb is None else self.rotary_emb(hidden_states, positions)
         layer_masks = self._layer_masks(hidden_states, attention_mask, packing, real_tokens)
@@ -933,6 +973,22 @@ def find_packing(texts: Tensor, attention_mask: Tensor | None, position_ids: Ten
     if row_index is None:
         return None
     return Packing.from_row_index(row_index.to(texts.device).expand(texts.shape[0], -1), is_tracing(row_index))
+
+
+def follows_in_text(
+    tokens: Tensor, token_mask: Tensor | None, packing: Packing | None, real_tokens: RealTokens | None
+) -> Tensor:
+    """(B, L) bool for (B, L) tokens: which of them directly follow another real token of the same text."""
+    if real_tokens is not None:  # without padding, what lay apart may lie side by side
+        row, column = real_tokens.slot // real_tokens.shape[1], real_tokens.slot % real_tokens.shape[1]
+        pairs = ((row[1:] == row[:-1]) & (column[1:] == column[:-1] + 1)).unsqueeze(0)
+    elif packing is not None:
+        pairs = packing.sequence_index[:, 1:] == packing.sequence_index[:, :-1]
+    elif token_mask is not None:
+        pairs = token_mask[:, 1:] & token_mask[:, :-1]
+    else:
+        pairs = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    return F.pad(pairs.expand(len(tokens), -1), (1, 0))
 
 
 def has_holes(token_mask: Tensor) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,10 +36,13 @@ from .calibration import Calibration, Tokenize, calibrate
 from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
 from .families import FAMILIES, Family, KeyRules
 from .model_card import upcycled_card
-from .modeling_hagmoe import HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
+from .modeling_hagmoe import HagMoeModel, HagMoeNgramMemory, HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
+from .ngrams_hagmoe import frequent_ngrams
 
 StateDict: TypeAlias = dict[str, Tensor]
 CALIBRATION_LENGTH = 128  # tokens; what a text is about shows in its beginning
+COUNTED_AT_ONCE = 10_000  # texts, so that a bar can move
+LEAST_COUNT = 3  # of an n-gram in the user's texts; a row that is met less often learns nothing
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class UpcyclingReport:
         total_parameters: Numbers in the mixture.
         active_parameters: Numbers that one token passes in the mixture.
         calibration: What the gates were started from; None where they are random.
+        ngrams: N-grams in the memory.
     """
 
     parent: str
@@ -74,6 +79,7 @@ class UpcyclingReport:
     total_parameters: int
     active_parameters: int
     calibration: Calibration | None = None
+    ngrams: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -94,9 +100,10 @@ class UpcyclingReport:
                     self.split,
                     f"{self.shared_width} neurons shared, {self.routed_width} in each of {self.num_experts} experts",
                 ),
-                line("new", self.new, "routers and expert output biases"),
+                line("new", self.new, "routers and expert output biases" + " and n-gram memory" * bool(self.ngrams)),
                 f"  parent {self.parent_parameters:,} parameters; mixture {self.total_parameters:,} in total, "
                 f"{self.active_parameters:,} active per token ({ratio:.4f}x the parent)",
+                *((f"  n-gram memory: {self.ngrams:,} n-grams",) if self.ngrams else ()),
                 *(() if self.calibration is None else (f"  {self.calibration}",)),
             )
         )
@@ -114,6 +121,8 @@ def upcycle(
     group_routing: str = "sequence",
     combine_rule: str = "selection",
     calibration_texts: Iterable[str | Sequence[str]] | None = None,
+    ngram_texts: Iterable[str | Sequence[str]] | None = None,
+    ngram_memory_size: int = 65536,
     seed: int = 0,
     allow_key_mismatch: bool = False,
 ) -> Any:
@@ -125,7 +134,7 @@ def upcycle(
         parent: A path or Hub id, a transformers model, or a `SentenceTransformer`, `CrossEncoder`, `SparseEncoder` or
             `MultiVectorEncoder`. It is left as it was.
         sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end; every
-            second layer but the last where None.
+            second layer but the last where None. An empty list makes none: the parent with a memory alone.
         n_group: Expert groups, a divisor of `num_experts`; 1 for a plain token router.
         num_experts: Routed experts per sparse layer, over all groups.
         num_experts_per_tok: Routed experts that each token passes.
@@ -139,6 +148,10 @@ def upcycle(
             query and its answer, as a tuple (or list): groups are then what they share, domains and languages; groups of
             single texts are as much about their form, short or long. Where None, the gates start at random, and most
             texts open the same group. The outputs are the parent's either way.
+        ngram_texts: Texts that the mixture will be trained on, best all of them, single or in tuples. Their most frequent
+            n-grams get a memory of their own, a row each, which learns fast and leaves other texts alone. Where None, there
+            is no memory.
+        ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product.
         seed: Seed of the new routers' weights, and of the calibration.
         allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then
             stay random. A path or Hub id only.
@@ -169,10 +182,22 @@ def upcycle(
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} is not possible; allowed: an integer from 0 to {2**32 - 1}.")
     seed = int(seed)
-    texts = None if calibration_texts is None else _text_list(calibration_texts)
+    texts = None if calibration_texts is None else _text_list("calibration_texts", calibration_texts)
+    is_size = isinstance(ngram_memory_size, Integral) and not isinstance(ngram_memory_size, bool) and ngram_memory_size >= 1
+    if not is_size:
+        raise ValueError(f"ngram_memory_size={ngram_memory_size!r} is not possible; allowed: an integer of at least 1.")
+
+    if sparse_layers is not None and not isinstance(sparse_layers, str | int):
+        sparse_layers = list(sparse_layers)
+        if not sparse_layers and ngram_texts is None:
+            raise ValueError("sparse_layers=[] is not possible without ngram_texts; allowed: at least one layer, or None.")
+    counted = None if ngram_texts is None else _single_texts(_text_list("ngram_texts", ngram_texts))
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
+        names = None if counted is None else _frequent_names(given, dense, counted, int(ngram_memory_size))
         mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
+        if names is not None:
+            give_memory(mixture, names)
         if texts is not None:
             calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed)
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
@@ -194,20 +219,79 @@ def upcycle(
     )
 
 
-def _text_list(texts: Iterable[str | Sequence[str]]) -> list[str | Sequence[str]]:
+def _text_list(argument: str, texts: Iterable[str | Sequence[str]]) -> list[str | Sequence[str]]:
     if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise ValueError(f"calibration_texts holds {texts!r} of type {type(texts).__name__}; allowed: a list of texts.")
+        raise ValueError(f"{argument} holds {texts!r} of type {type(texts).__name__}; allowed: a list of texts.")
     return list(texts)
+
+
+def _single_texts(items: list[str | Sequence[str]]) -> list[str]:
+    """All texts of items that are texts, or tuples or lists of texts."""
+    texts = [text for item in items for text in (item if isinstance(item, list | tuple) else (item,))]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"ngram_texts holds {text!r} of type {type(text).__name__}; allowed: a list of texts, or of tuples of texts."
+            )
+    return cast(list[str], texts)
+
+
+def _frequent_names(given: Any, dense: PreTrainedModel, texts: list[str], most: int) -> Tensor:
+    """Names of the most frequent n-grams of these texts, as `frequent_ngrams` gives them."""
+    tokenizer = _tokenizer_of(given, "ngram_texts")
+    longest = getattr(given, "max_seq_length", None) or dense.config.max_position_embeddings
+    ids: list[Tensor] = []
+    lengths: list[int] = []
+    for first in tqdm(range(0, len(texts), COUNTED_AT_ONCE), desc="Counting n-grams", leave=False):
+        encoded = tokenizer(texts[first : first + COUNTED_AT_ONCE], truncation=True, max_length=longest)["input_ids"]
+        lengths += map(len, encoded)
+        ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
+    ids_T = torch.cat([*ids, torch.empty(0, dtype=torch.int64)])
+    ids_T = ids_T.masked_fill(torch.isin(ids_T, torch.tensor(tokenizer.all_special_ids)), -1)
+    follows_T = torch.ones(len(ids_T), dtype=torch.bool)
+    length_N = torch.tensor(lengths, dtype=torch.int64)
+    follows_T[(length_N.cumsum(0) - length_N)[length_N > 0]] = False
+    names = frequent_ngrams(ids_T, follows_T, most, HagMoeConfig.ngram_memory_order, LEAST_COUNT)
+    if not len(names):
+        raise ValueError(
+            f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "
+            "will be trained on, or None for no memory."
+        )
+    return names
+
+
+def give_memory(mixture: HagMoePreTrainedModel, names: Tensor) -> None:
+    """Give a mixture a memory whose rows are 0, so that its outputs stay what they are.
+
+    Args:
+        mixture: A HAG-MoE without a memory, or with one that is to begin anew.
+        names: (N,) int64, the n-grams that it knows, as `frequent_ngrams` gives them.
+    """
+    encoder = cast(HagMoeModel, mixture.base_model)
+    mixture.config.ngram_memory_size = len(names)
+    memory = HagMoeNgramMemory(mixture.config)
+    torch.nn.init.zeros_(memory.rows)
+    memory.names.copy_(names)
+    encoder.ngram_memory = memory.to(device=mixture.device, dtype=mixture.dtype)
+    if report := getattr(mixture, "upcycling_report", None):
+        rows = ("ngram_memory.rows", memory.rows.numel())
+        total = mixture.num_parameters()
+        mixture.upcycling_report = replace(report, new=(*report.new, rows), total_parameters=total, ngrams=len(names))
+
+
+def _tokenizer_of(given: Any, argument: str) -> Any:
+    """The tokenizer that a parent comes with."""
+    if isinstance(given, PreTrainedModel):
+        raise ValueError(
+            f"{argument} with a {type(given).__name__}, which comes without its tokenizer; allowed: a path or Hub "
+            f"id, or a {', '.join(sentence.MODEL_TYPES)}."
+        )
+    return AutoTokenizer.from_pretrained(given) if isinstance(given, str) else given.tokenizer
 
 
 def _tokenize_for(given: Any, mixture: HagMoePreTrainedModel) -> Tokenize:
     """How the texts of a parent are tokenized: by its own tokenizer, as far as it reads them."""
-    if isinstance(given, PreTrainedModel):
-        raise ValueError(
-            f"calibration_texts with a {type(given).__name__}, which comes without its tokenizer; allowed: a path or Hub "
-            f"id, or a {', '.join(sentence.MODEL_TYPES)}."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(given) if isinstance(given, str) else given.tokenizer
+    tokenizer = _tokenizer_of(given, "calibration_texts")
     limits = (CALIBRATION_LENGTH, mixture.config.max_text_length, getattr(given, "max_seq_length", None))
     longest = min(limit for limit in limits if limit)
     return lambda texts: tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
@@ -375,8 +459,9 @@ def _mixture_config(
 def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Iterable[int] | None) -> list[str]:
     if sparse_layers is None:
         return default_mlp_layer_types(num_hidden_layers)
-    layers = [] if isinstance(sparse_layers, str) or not isinstance(sparse_layers, Iterable) else list(sparse_layers)
-    if not layers or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in layers):
+    is_list = isinstance(sparse_layers, Iterable) and not isinstance(sparse_layers, str)
+    layers: list[int] = list(sparse_layers) if is_list else []
+    if not is_list or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in layers):
         raise ValueError(f"sparse_layers={sparse_layers!r} is not possible; allowed: a list of layer numbers, or None.")
     out_of_range = [layer for layer in layers if not -num_hidden_layers <= layer < num_hidden_layers]
     if out_of_range:

@@ -23,6 +23,7 @@ RANKS = {
     "configuration_hagmoe": 0,
     "families": 0,
     "kernels_hagmoe": 0,
+    "ngrams_hagmoe": 0,
     "routing_hagmoe": 0,
     "model_card": 1,
     "modeling_hagmoe": 1,
@@ -40,7 +41,7 @@ RANKS = {
     "benchmark": 7,
     "cli": 8,
 }
-HUB_FILES = ("configuration_hagmoe.py", "kernels_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
+HUB_FILES = ("configuration_hagmoe.py", "kernels_hagmoe.py", "ngrams_hagmoe.py", "routing_hagmoe.py", "modeling_hagmoe.py")
 
 
 def room(path: Path) -> str:

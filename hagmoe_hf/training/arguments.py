@@ -87,6 +87,9 @@ class TrainOptions:
             "Upcycling: start the gates from so many rows of the largest domain, and of the others as training draws them."
         ),
     )
+    ngram_memory_size: int = field(
+        default=0, metadata=_help("Upcycling: so many n-grams that are frequent in train_data get a memory; 0 for none.")
+    )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
     bias_update_rate: float | None = field(
@@ -124,6 +127,7 @@ class TrainOptions:
         _require(self.temperature >= 1, "temperature", self.temperature, "1 (in proportion) or more")
         _require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "at least 1")
         _require(self.calibration_rows >= 0, "calibration_rows", self.calibration_rows, "0 (random gates) or more")
+        _require(self.ngram_memory_size >= 0, "ngram_memory_size", self.ngram_memory_size, "0 (no memory) or more")
         _require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "a share between 0 and 1")
         _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
         for condition in self.where:
@@ -146,6 +150,8 @@ class TrainOptions:
         )
         if self.calibration_rows and self.objective == "mlm":
             _require(False, "calibration_rows", self.calibration_rows, "0 with objective='mlm'")
+        if self.ngram_memory_size and self.objective == "mlm":
+            _require(False, "ngram_memory_size", self.ngram_memory_size, "0 with objective='mlm'")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
 

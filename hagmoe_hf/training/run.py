@@ -239,7 +239,12 @@ def _load_model(
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
         texts = _calibration_texts(train_data, options.calibration_rows, options.temperature, arguments.seed)
-        model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **options.upcycling)
+        memory: dict[str, Any] = {}
+        if options.ngram_memory_size:
+            rows = (row.values() for data in train_data.values() for row in data)
+            memory["ngram_texts"] = [text for row in rows for text in row if isinstance(text, str)]
+            memory["ngram_memory_size"] = options.ngram_memory_size
+        model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **memory, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)

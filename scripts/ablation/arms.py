@@ -30,6 +30,9 @@ class Arm:
         average: Decay of the weights' moving average, which is what is evaluated at the end; 0 for none.
         distillation: Weight of the parent's similarities in the loss.
         mixed_batches: Whether a batch holds pairs of all domains, instead of one.
+        memory: Most n-grams of the training pairs in an n-gram memory; 0 for none.
+        memory_order: Tokens of the longest of them.
+        memory_scale: How many times as fast as the learning rate the memory learns.
     """
 
     name: str
@@ -51,6 +54,9 @@ class Arm:
     average: float = 0.0
     distillation: float = 0.0
     mixed_batches: bool = False
+    memory: int = 0
+    memory_order: int = 4
+    memory_scale: float = 100.0
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
@@ -99,6 +105,9 @@ SUBJECT = Arm(
     balancing=None,
     branches=True,
 )
+
+
+MEMORY = {"memory": 65536, "memory_scale": 300.0, "balancing": None}
 
 
 def _fixed(name: str, about: str, routing: str, **upcycling: Any) -> Arm:
@@ -173,6 +182,15 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             "two-experts-normalized",
             "two experts per token over two groups, weighed by the router, at more FLOPs",
             upcycling={"num_experts_per_tok": 2, "topk_group": 2, "combine_rule": "normalized"},
+        ),
+    ),
+    # A memory of n-grams, alone and with experts
+    5: (
+        DENSE,
+        Arm("memory", "the parent with a memory alone, no experts", upcycling={"sparse_layers": []}, **MEMORY),
+        Arm("unigrams", "the same for single tokens only", upcycling={"sparse_layers": []}, **{**MEMORY, "memory_order": 1}),
+        replace(
+            CALIBRATED, name="hag-memory", about="the default and a memory", paired=True, memory=65536, memory_scale=300.0
         ),
     ),
     # The same training, upcycled late: experts part from a dense model that was trained already

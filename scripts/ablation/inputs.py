@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from ablation.budgets import Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
 from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.files import new_folder
+from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
+from hagmoe_hf.upcycling import CALIBRATION_LENGTH, LEAST_COUNT
 
 COLUMNS = ("anchor", "positive")
 DEV_ROWS, CALIBRATION_ROWS = 200, 300  # per domain, at most
@@ -184,6 +187,19 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
         wanted = math.ceil(budget.calibration_pairs * weight / max(weights.values()))
         pairs += list(zip(cut[:half], cut[half:], strict=False))[:wanted]
     return pairs
+
+
+@lru_cache
+def frequent_names(folder: Path, most: int, order: int) -> Tensor:
+    """Names of the most frequent n-grams of all training pairs, as `upcycle` counts them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
+    pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
+    ids_T = torch.cat([texts.ids.long() for texts in pairs.columns])
+    lengths = torch.from_numpy(np.concatenate([texts.lengths for texts in pairs.columns]))
+    follows_T = torch.ones(len(ids_T), dtype=torch.bool)
+    follows_T[lengths.cumsum(0) - lengths] = False
+    ids_T = ids_T.masked_fill(torch.isin(ids_T, torch.tensor(tokenizer.all_special_ids)), -1)
+    return frequent_ngrams(ids_T, follows_T, most, order, LEAST_COUNT)
 
 
 def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from ablation.arms import Arm
+from ablation.inputs import frequent_names
 from ablation.routers import fix_routing, start_subjects
 from hagmoe_hf import sentence, upcycle
+from hagmoe_hf.upcycling import give_memory
 
 NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
 
@@ -19,7 +21,7 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
 
     Args:
         arm: What to build.
-        parent: Folder of the dense SentenceTransformer.
+        parent: Folder of the dense SentenceTransformer, inside the one that `prepare` made.
         calibration_pairs: For arms whose gates start from texts.
         seed: Of new weights.
         device: Like "cpu" or "cuda".
@@ -29,7 +31,12 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         return _with_encoder(dense, widened(sentence.encoder_of(dense), default_total(dense), seed))
     if arm.kind == "dense" or arm.dense_share:
         return prepared(dense)
-    return mixture(arm, dense, calibration_pairs, seed)
+    model = mixture(arm, dense, calibration_pairs, seed)
+    if arm.memory:
+        encoder = sentence.encoder_of(model)
+        encoder.config.ngram_memory_scale = arm.memory_scale
+        give_memory(encoder, frequent_names(parent.parent, arm.memory, arm.memory_order))
+    return model
 
 
 def mixture(
@@ -100,16 +107,17 @@ def _with_encoder(dense: SentenceTransformer, encoder: BertModel) -> SentenceTra
 
 
 def parameter_groups(model: nn.Module, arm: Arm) -> list[dict]:
-    """Trained parameters for an optimizer: shared weights, routed experts and routers, each with the arm's `factor`.
+    """Trained parameters for an optimizer: shared weights, experts, routers, memory, each with the arm's `factor`.
 
     What has the factor 0 needs no gradient any more.
     """
-    groups: dict[str, list[Tensor]] = {"shared": [], "experts": [], "router": []}
+    places = {".experts.": "experts", ".router.": "router", ".ngram_memory.": "memory"}
+    groups: dict[str, list[Tensor]] = {"shared": [], **{kind: [] for kind in places.values()}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "experts" if ".experts." in name else "router" if ".router." in name else "shared"
+            kind = next((kind for place, kind in places.items() if place in name), "shared")
             groups[kind].append(parameter)
-    factors = {"shared": arm.shared_rate, "experts": arm.expert_rate, "router": arm.router_rate}
+    factors = {"shared": arm.shared_rate, "experts": arm.expert_rate, "router": arm.router_rate, "memory": 1.0}
     for kind, params in groups.items():
         for parameter in params if not factors[kind] else ():
             parameter.requires_grad_(False)

@@ -1,0 +1,110 @@
+"""Which n-grams a memory knows, and which of them end at a token. Pure tensor arithmetic: no parameters, no config, no I/O.
+
+An n-gram is named by the row of its first n-1 tokens and by its last token: `row * BASE + id`, and a single token by its id
+alone. Each n-gram's beginning is known wherever it is known itself, so looking up goes token by token, and nothing collides.
+Names rise with n, and a row's number is its name's place among all names, from 1 on; row 0 stands for what is not known.
+
+This file travels to the Hub beside the weights, so it imports nothing but torch.
+
+Axes:  B sequences   L tokens   N n-grams known   T tokens of all texts, one text after the other
+"""
+
+import torch
+from torch import Tensor
+
+BASE = 2**24  # above every vocabulary, and far from overflow however many rows there are
+NEVER = torch.iinfo(torch.int64).max  # the name of no n-gram
+
+
+def ngram_rows(ids: Tensor, follows: Tensor, names: Tensor, order: int, is_traced: bool = False) -> list[Tensor]:
+    """For every token the rows of the n-grams that end there.
+
+    Args:
+        ids: (B, L) int64.
+        follows: (B, L) bool, whether a token directly follows another one of its own text in its row.
+        names: (N,) int64, rising.
+        order: Tokens of the longest n-gram.
+        is_traced: Whether a graph is being made, which may not know binary search as one operation.
+
+    Returns:
+        `order` tensors (B, L) int64 in [0, N], for n = 1, 2, ...; 0 where the n-gram is not known.
+    """
+    search = _search_step_by_step if is_traced else torch.searchsorted
+    rows = [_find(names, ids, search)]
+    while len(rows) < order:
+        before = torch.nn.functional.pad(rows[-1][:, :-1], (1, 0)) * follows
+        # Row 0 would turn the n-gram into its last token's name
+        rows.append(_find(names, before * BASE + ids, search) * (before > 0))
+    return rows
+
+
+def _find(names: Tensor, wanted: Tensor, search) -> Tensor:
+    """Rows of names, 0 of unknown ones."""
+    place = search(names, wanted).clamp(max=names.shape[0] - 1)
+    return (place + 1) * (names[place] == wanted)
+
+
+def _search_step_by_step(names: Tensor, wanted: Tensor) -> Tensor:
+    """`torch.searchsorted` in operations that every graph format has."""
+    below = torch.zeros_like(wanted)  # how many names are known to be smaller
+    step = 1 << (names.shape[0].bit_length() - 1)
+    while step:
+        candidate = below + step
+        is_smaller = (candidate <= names.shape[0]) & (names[(candidate - 1).clamp(max=names.shape[0] - 1)] < wanted)
+        below = torch.where(is_smaller, candidate, below)
+        step //= 2
+    return below
+
+
+def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_count: int) -> Tensor:
+    """Names of the most frequent n-grams of some texts.
+
+    Args:
+        ids: (T,) int64; a negative one, such as a special token's, is part of no n-gram.
+        follows: (T,) bool, whether a token directly follows another one of its own text.
+        most: Most names.
+        order: Tokens of the longest n-gram.
+        least_count: How often an n-gram occurs at least.
+
+    Returns:
+        (N,) int64 rising, N <= most. Of equally frequent n-grams shorter ones come first, so each one's beginning is in.
+    """
+    # For each n: its candidates' provisional names (their beginning's place among those of n - 1), and their counts
+    candidates, counts = [], []
+    place_T = torch.zeros_like(ids)  # of the n-gram that ends at each token, -1 for none
+    for n in range(1, order + 1):
+        before_T = place_T if n == 1 else torch.where(follows, place_T.roll(1), -1)
+        name_T = torch.where((before_T >= 0) & (ids >= 0), before_T * BASE + ids, -1)
+        names, inverse_T, count = name_T.unique(return_inverse=True, return_counts=True)
+        kept = (count >= least_count) & (names >= 0)
+        place_T = torch.where(kept, kept.cumsum(0) - 1, -1)[inverse_T]
+        candidates.append(names[kept])
+        counts.append(count[kept])
+    sizes = [len(names) for names in candidates]
+    is_chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    is_chosen[torch.cat(counts).sort(descending=True, stable=True).indices[:most]] = True
+    chosen: list[Tensor] = []
+    row_before = torch.zeros(1, dtype=torch.int64)  # rows of the candidates of n - 1
+    first_row = 1
+    for names, is_mine in zip(candidates, is_chosen.split(sizes), strict=True):
+        mine = names[is_mine]
+        chosen.append(row_before[mine // BASE] * BASE + mine % BASE)
+        row_before = torch.where(is_mine, is_mine.cumsum(0) - 1 + first_row, 0)
+        first_row += len(mine)
+    return torch.cat(chosen)
+
+
+def spell_ngrams(names: Tensor) -> list[tuple[int, ...]]:
+    """The token ids of each n-gram, in the order of their rows: what a memory holds, to be read.
+
+    Args:
+        names: (N,) int64, as `frequent_ngrams` gives them.
+    """
+    spelled: list[tuple[int, ...]] = []
+    for name in names.tolist():
+        before, last = divmod(name, BASE)
+        spelled.append((*(spelled[before - 1] if before else ()), last))
+    return spelled
+
+
+__all__ = ["BASE", "NEVER", "frequent_ngrams", "ngram_rows", "spell_ngrams"]

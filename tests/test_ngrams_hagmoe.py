@@ -1,0 +1,220 @@
+"""N-grams that are frequent, found again, and the memory that holds a row for each."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import SHAPES, TINY, spread, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from hagmoe_hf import HagMoeConfig, HagMoeForMaskedLM, HagMoeModel, upcycle
+from hagmoe_hf.ngrams_hagmoe import NEVER, frequent_ngrams, ngram_rows, spell_ngrams
+
+TEXTS = st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def flat(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """All tokens one after the other, and which of them follow another one of their text."""
+    follows = [place > 0 for text in texts for place in range(len(text))]
+    return torch.tensor([token for text in texts for token in text]), torch.tensor(follows)
+
+
+def count(texts: list[list[int]], order: int) -> Counter:
+    """What a reader would count: runs of 1 to `order` tokens of one text without a negative one."""
+    return Counter(
+        tuple(text[first : first + n])
+        for text in texts
+        for n in range(1, order + 1)
+        for first in range(len(text) - n + 1)
+        if min(text[first : first + n]) >= 0
+    )
+
+
+@given(texts=TEXTS, most=st.integers(1, 30), least_count=st.integers(1, 3))
+def test_the_most_frequent_ngrams_are_known(texts, most, least_count):
+    """A memory that holds other rows than it says learns for texts that nobody has."""
+    counts = {ngram: number for ngram, number in count(texts, 3).items() if number >= least_count}
+    names = frequent_ngrams(*flat(texts), most, 3, least_count)
+    spelled = spell_ngrams(names)
+    assert len(set(spelled)) == len(spelled) == min(most, len(counts))
+    chosen = sorted((counts[ngram] for ngram in spelled), reverse=True)
+    assert chosen == sorted(counts.values(), reverse=True)[:most]
+    assert names.tolist() == sorted(names.tolist())
+
+
+@given(texts=TEXTS, most=st.integers(1, 30))
+def test_every_known_ngram_is_found_where_it_ends_and_no_other(texts, most):
+    """Also by the search that exported graphs use, which has no operation of its own for it."""
+    ids, follows = flat(texts)
+    names = frequent_ngrams(ids, follows, most, 3, 1)
+    if not len(names):
+        return
+    row = {ngram: place + 1 for place, ngram in enumerate(spell_ngrams(names))}
+    expected = [
+        [
+            row.get(tuple(text[max(0, end - n) : end]), 0) if end >= n else 0
+            for text in texts
+            for end in range(1, len(text) + 1)
+        ]
+        for n in (1, 2, 3)
+    ]
+    for is_traced in (False, True):
+        found = ngram_rows(ids.unsqueeze(0), follows.unsqueeze(0), names, 3, is_traced)
+        assert torch.stack(found).squeeze(1).tolist() == expected
+
+
+def with_memory(shape: str = "bert", seed: int = 0, **changes) -> HagMoeModel:
+    """A tiny mixture whose memory knows runs of the ids 5, 6, ..., 20."""
+    ids = torch.arange(5, 21).repeat(3)
+    names = frequent_ngrams(ids, torch.arange(48) % 16 > 0, 60, 4, 1)
+    changes = {**SHAPES[shape], "ngram_memory_size": len(names), "ngram_memory_scale": 1.0, **changes}
+    model = HagMoeModel(tiny_config(**changes)).eval()
+    spread(model, scale=0.2, seed=seed)
+    model.ngram_memory.names.copy_(names)
+    return model
+
+
+TEXT = [9, 10, 11, 12, 13, 40, 5, 6]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_a_text_has_one_vector_however_it_is_batched(shape):
+    """Padding on either side, packing and neighbours must neither break n-grams nor make new ones."""
+    model = with_memory(shape)
+    pad = model.config.pad_token_id
+    alone = model(torch.tensor([TEXT])).last_hidden_state[0]
+    other = [14, 15, 16, 17, 18, 19, 20, 8, 9, 10, 11, 12]  # what the text begins with follows its own end
+    for left in (True, False):
+        padding = [pad] * (len(other) - len(TEXT))
+        row = padding + TEXT if left else TEXT + padding
+        real = [0] * len(padding) + [1] * len(TEXT) if left else [1] * len(TEXT) + [0] * len(padding)
+        mask = torch.tensor([real, [1] * len(other)])
+        for kwargs in ({}, {"output_hidden_states": True}):  # without padding, and with
+            states = model(torch.tensor([row, other]), mask, **kwargs).last_hidden_state[0][mask[0].bool()]
+            torch.testing.assert_close(states, alone, atol=1e-5, rtol=0)
+    packed = torch.tensor([other + TEXT])
+    boundaries = torch.tensor([0, len(other), len(other) + len(TEXT)])
+    states = model(packed, cu_seq_lens_q=boundaries, max_length_q=12).last_hidden_state[0][len(other) :]
+    torch.testing.assert_close(states, alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_changes_texts_that_hold_its_ngram_and_no_others():
+    """What is learned for some texts must leave others as they were."""
+    model = with_memory()
+    row = spell_ngrams(model.ngram_memory.names).index((10, 11, 12)) + 1
+    texts = [torch.tensor([TEXT]), torch.tensor([[9, 10, 40, 11, 12]])]
+    before = [model(text).last_hidden_state for text in texts]
+    model.ngram_memory.rows[row] += 1.0
+    after = [model(text).last_hidden_state for text in texts]
+    assert (before[0] - after[0]).abs().max() > 1e-3
+    assert torch.equal(before[1], after[1])
+
+
+def test_rows_learn_by_their_scale_and_only_where_they_are_met():
+    """Twice the scale is twice the step; the gradient, which clipping looks at, stays as it is."""
+    gradients = []
+    for scale in (1.0, 50.0):
+        model = with_memory(ngram_memory_scale=scale)
+        model.ngram_memory.rows.data.zero_()
+        model(torch.tensor([TEXT])).last_hidden_state.square().sum().backward()
+        gradients.append(model.ngram_memory.rows.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    met = {row for rows in found(model, TEXT) for row in rows} - {0}
+    assert set(gradients[0].abs().sum(-1).nonzero().flatten().tolist()) == met
+    with torch.no_grad():
+        model.ngram_memory.rows.add_(torch.randn(model.ngram_memory.rows.shape) * 0.01)
+        inferred = model(torch.tensor([TEXT])).last_hidden_state
+    torch.testing.assert_close(model(torch.tensor([TEXT])).last_hidden_state, inferred, atol=1e-5, rtol=0)
+
+
+def found(model: HagMoeModel, text: list[int]) -> list[list[int]]:
+    follows = torch.tensor([[False] + [True] * (len(text) - 1)])
+    return [rows[0].tolist() for rows in ngram_rows(torch.tensor([text]), follows, model.ngram_memory.names, 4)]
+
+
+def test_saving_keeps_what_the_memory_knows(tmp_path):
+    """A reloaded model that knows other n-grams would silently give other vectors."""
+    model = with_memory()
+    model.save_pretrained(tmp_path)
+    again = HagMoeModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again.ngram_memory.names, model.ngram_memory.names)
+    text = torch.tensor([TEXT])
+    torch.testing.assert_close(again(text).last_hidden_state, model(text).last_hidden_state)
+    half = HagMoeModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(half.ngram_memory.names, model.ngram_memory.names)
+
+
+def test_a_fresh_memory_knows_nothing_and_adds_nothing():
+    """A model from a config must not begin with noise in a table that learns a hundred times as fast."""
+    model = HagMoeForMaskedLM(tiny_config(ngram_memory_size=5))
+    assert (model.model.ngram_memory.names == NEVER).all()
+    assert not model.model.ngram_memory.rows.any()
+    assert all(rows == [0] * len(TEXT) for rows in found(model.model, TEXT))
+
+
+def test_the_config_counts_the_memory():
+    """Active parameters decide what a token costs; a row that is looked up is none."""
+    plain, config = tiny_config(), tiny_config(ngram_memory_size=100)
+    counts = config.parameter_counts()
+    assert counts.total == HagMoeModel(config).num_parameters()
+    assert counts.memory == counts.total - plain.parameter_counts().total == 101 * TINY["hidden_size"]
+    assert counts.active == plain.parameter_counts().active
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("ngram_memory_size", -1), ("ngram_memory_order", 0), ("ngram_memory_scale", 0.0)]
+)
+def test_a_memory_that_cannot_be_is_refused(field, value):
+    with pytest.raises(Exception, match=f"{field}={value}"):
+        HagMoeConfig(**{field: value})
+
+
+def test_embeddings_instead_of_ids_are_refused():
+    """They do not say which n-grams they are, and a vector without the memory would be another one."""
+    with pytest.raises(ValueError, match=r"inputs_embeds .* ngram_memory_size=58"):
+        with_memory()(inputs_embeds=torch.zeros(1, 3, TINY["hidden_size"]))
+
+
+@pytest.mark.parametrize("sparse_layers", [None, []])
+def test_upcycling_with_ngrams_is_exact(sparse_layers, tiny_parent, corpus):
+    """Rows start at 0, so the promise of equal vectors holds with a memory, too."""
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")
+    pairs = list(zip(corpus[::2], corpus[1::2], strict=False))
+    mixture = upcycle(parent, ngram_texts=pairs, ngram_memory_size=200, sparse_layers=sparse_layers)
+    difference = mixture.encode(corpus[:40]) - parent.encode(corpus[:40])
+    assert abs(difference).max() < 1e-5
+    memory = mixture[0].model.ngram_memory
+    assert mixture.upcycling_report.ngrams == len(memory.names) == 200
+    assert "200 n-grams" in str(mixture.upcycling_report)
+    special = set(parent.tokenizer.all_special_ids)
+    assert not special & {token for ngram in spell_ngrams(memory.names) for token in ngram}
+    read = parent.tokenizer(corpus[: 2 * len(pairs)], truncation=True, max_length=parent.max_seq_length)["input_ids"]
+    counts = count([[-1 if token in special else token for token in ids] for ids in read], 4)
+    kept = sorted((counts[ngram] for ngram in spell_ngrams(memory.names)), reverse=True)
+    assert kept == sorted(counts.values(), reverse=True)[:200]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ngram_texts": "one text"}, "ngram_texts holds 'one text'"),
+        ({"ngram_texts": [3]}, "ngram_texts holds 3"),
+        ({"ngram_texts": ["once"]}, "no token occurs 3 times"),
+        ({"ngram_texts": []}, "no token occurs 3 times"),
+        ({"ngram_memory_size": 0}, "ngram_memory_size=0"),
+    ],
+)
+def test_texts_that_give_no_memory_are_refused(arguments, message, tiny_parent):
+    with pytest.raises(ValueError, match=message):
+        upcycle(str(tiny_parent), **arguments)
+
+
+def test_texts_without_a_tokenizer_are_refused(tiny_parent):
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")[0].model
+    with pytest.raises(ValueError, match="ngram_texts with a BertModel, which comes without its tokenizer"):
+        upcycle(parent, ngram_texts=["a text"] * 3)
