@@ -108,8 +108,8 @@ class HagMoeConfig(PreTrainedConfig):
         ngram_memory_size (`int`): N-grams for which a row is learned that is added to the embeddings where they end; 0 for
             no memory.
         ngram_memory_order (`int`): Tokens of the longest n-gram in the memory.
-        ngram_memory_scale (`float`): Factor on the rows in the forward pass alone, by which they learn so many times as
-            fast as other weights under Adam: most rows are met rarely.
+        ngram_memory_scale (`float`): How many times as fast as other weights the rows of the rarest n-grams in the memory
+            learn under Adam; those of others by the root of their count more slowly.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 

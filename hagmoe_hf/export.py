@@ -145,7 +145,8 @@ def export(
         Sizes, differences from torch, and what stayed float32.
 
     Raises:
-        ValueError: No mixture, too few texts, int8 for OpenVINO, or a float32 graph that differs from torch too much.
+        ValueError: No mixture, too few texts, int8 or an n-gram memory for OpenVINO, or a float32 graph that differs from
+            torch too much.
         ImportError: An optional package is missing; the message names what to install.
         FileExistsError: `out` exists and is not empty.
     """
@@ -159,6 +160,8 @@ def export(
     encoder = sentence.encoder_of(mixture)
     if not isinstance(encoder, HagMoeModel):
         raise ValueError(f"The encoder is a {type(encoder).__name__}; allowed: a HagMoeModel.")
+    if format == "openvino" and encoder.ngram_memory is not None:  # it computes integers in 32 bits
+        raise ValueError("format='openvino' cannot look up an n-gram memory (ngram_memory_size > 0); allowed: 'onnx'.")
     batches = _batches(mixture, texts)
     with new_folder(out) as folder:
         mixture.save_pretrained(str(folder))

@@ -178,28 +178,33 @@ class HagMoeEmbeddings(nn.Module):
 class HagMoeNgramMemory(nn.Module):
     """A row for every n-gram that is frequent in the user's texts, added to the embedding of the token where it ends.
 
-    Rows start at 0, and those of other n-grams stay there: what is not like the user's texts passes as in the parent.
+    Rows start at 0, and those of other n-grams stay there: what is not like the user's texts passes as in the parent. A
+    row's factor falls with the root of its n-gram's count, so that the rare ones learn fast and the frequent ones, which are
+    met in texts of every kind, do not wander: the rates of AdaGrad (Duchi et al. 2011), for an optimizer that has none.
 
     Source: n-gram embeddings, arXiv 2502.01637 (SCONE); a memory that is looked up instead of computed, arXiv 2412.09764.
     """
 
     def __init__(self, config: HagMoeConfig):
         super().__init__()
-        self.order, self.scale = config.ngram_memory_order, config.ngram_memory_scale
+        self.config = config
         self.names: Tensor
+        self.counts: Tensor
         self.register_buffer("names", torch.empty(config.ngram_memory_size, dtype=torch.int64))
+        self.register_buffer("counts", torch.empty(config.ngram_memory_size, dtype=torch.int64))
         self.rows = nn.Parameter(torch.empty(config.ngram_memory_size + 1, config.hidden_size))
 
     def forward(self, input_ids: Tensor, follows: Tensor) -> Tensor:
         """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
-        found = ngram_rows(input_ids, follows, self.names, self.order, is_traced())
-        states = F.embedding(found[0], self.rows, padding_idx=0)
-        for rows in found[1:]:
-            states = states + F.embedding(rows, self.rows, padding_idx=0)
+        found = ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced())
+        rate = (self.counts.amin() / self.counts).sqrt().to(self.rows.dtype)
+        rate = F.pad(rate, (1, 0)).unsqueeze(-1)
+        parts = [F.embedding(rows, self.rows, padding_idx=0) * F.embedding(rows, rate) for rows in found]
+        states = torch.stack(parts).sum(dim=0)
         if not torch.is_grad_enabled():
-            return states * self.scale
-        # The gradient of unscaled rows: Adam divides by its size in any case, and a norm to clip it by must not grow with it
-        return states + states.detach() * (self.scale - 1)
+            return states * self.config.ngram_memory_scale
+        # Only forward: Adam divides by a gradient's size in any case, and the norm that it is clipped by must not grow
+        return states + states.detach() * (self.config.ngram_memory_scale - 1)
 
 
 class HagMoeRotaryEmbedding(nn.Module):
@@ -636,6 +641,7 @@ class HagMoePreTrainedModel(PreTrainedModel):
                     init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, HagMoeNgramMemory):
             init.constant_(module.names, NEVER)
+            init.ones_(module.counts)
             init.zeros_(module.rows)
         elif isinstance(module, HagMoeRotaryEmbedding):
             for name, buffer in module.named_buffers():
@@ -980,8 +986,8 @@ def follows_in_text(
 ) -> Tensor:
     """(B, L) bool for (B, L) tokens: which of them directly follow another real token of the same text."""
     if real_tokens is not None:  # without padding, what lay apart may lie side by side
-        row, column = real_tokens.slot // real_tokens.shape[1], real_tokens.slot % real_tokens.shape[1]
-        pairs = ((row[1:] == row[:-1]) & (column[1:] == column[:-1] + 1)).unsqueeze(0)
+        slot, row = real_tokens.slot, real_tokens.slot // real_tokens.shape[1]
+        pairs = ((row[1:] == row[:-1]) & (slot[1:] == slot[:-1] + 1)).unsqueeze(0)
     elif packing is not None:
         pairs = packing.sequence_index[:, 1:] == packing.sequence_index[:, :-1]
     elif token_mask is not None:

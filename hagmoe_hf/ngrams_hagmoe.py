@@ -56,8 +56,8 @@ def _search_step_by_step(names: Tensor, wanted: Tensor) -> Tensor:
     return below
 
 
-def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_count: int) -> Tensor:
-    """Names of the most frequent n-grams of some texts.
+def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_count: int) -> tuple[Tensor, Tensor]:
+    """Names and counts of the most frequent n-grams of some texts.
 
     Args:
         ids: (T,) int64; a negative one, such as a special token's, is part of no n-gram.
@@ -67,7 +67,8 @@ def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_c
         least_count: How often an n-gram occurs at least.
 
     Returns:
-        (N,) int64 rising, N <= most. Of equally frequent n-grams shorter ones come first, so each one's beginning is in.
+        Names (N,) int64, rising, and counts (N,) int64; N <= most. Of equally frequent n-grams shorter ones come first, so
+        each one's beginning is in.
     """
     # For each n: its candidates' provisional names (their beginning's place among those of n - 1), and their counts
     candidates, counts = [], []
@@ -81,8 +82,9 @@ def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_c
         candidates.append(names[kept])
         counts.append(count[kept])
     sizes = [len(names) for names in candidates]
+    all_counts = torch.cat(counts)
     is_chosen = torch.zeros(sum(sizes), dtype=torch.bool)
-    is_chosen[torch.cat(counts).sort(descending=True, stable=True).indices[:most]] = True
+    is_chosen[all_counts.sort(descending=True, stable=True).indices[:most]] = True
     chosen: list[Tensor] = []
     row_before = torch.zeros(1, dtype=torch.int64)  # rows of the candidates of n - 1
     first_row = 1
@@ -91,14 +93,14 @@ def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_c
         chosen.append(row_before[mine // BASE] * BASE + mine % BASE)
         row_before = torch.where(is_mine, is_mine.cumsum(0) - 1 + first_row, 0)
         first_row += len(mine)
-    return torch.cat(chosen)
+    return torch.cat(chosen), all_counts[is_chosen]
 
 
 def spell_ngrams(names: Tensor) -> list[tuple[int, ...]]:
     """The token ids of each n-gram, in the order of their rows: what a memory holds, to be read.
 
     Args:
-        names: (N,) int64, as `frequent_ngrams` gives them.
+        names: (N,) int64, those that `frequent_ngrams` gives.
     """
     spelled: list[tuple[int, ...]] = []
     for name in names.tolist():

@@ -194,10 +194,10 @@ def upcycle(
     counted = None if ngram_texts is None else _single_texts(_text_list("ngram_texts", ngram_texts))
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
-        names = None if counted is None else _frequent_names(given, dense, counted, int(ngram_memory_size))
+        ngrams = None if counted is None else _frequent_ngrams(given, dense, counted, int(ngram_memory_size))
         mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
-        if names is not None:
-            give_memory(mixture, names)
+        if ngrams is not None:
+            give_memory(mixture, *ngrams)
         if texts is not None:
             calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed)
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
@@ -236,8 +236,8 @@ def _single_texts(items: list[str | Sequence[str]]) -> list[str]:
     return cast(list[str], texts)
 
 
-def _frequent_names(given: Any, dense: PreTrainedModel, texts: list[str], most: int) -> Tensor:
-    """Names of the most frequent n-grams of these texts, as `frequent_ngrams` gives them."""
+def _frequent_ngrams(given: Any, dense: PreTrainedModel, texts: list[str], most: int) -> tuple[Tensor, Tensor]:
+    """Names and counts of the most frequent n-grams of these texts."""
     tokenizer = _tokenizer_of(given, "ngram_texts")
     longest = getattr(given, "max_seq_length", None) or dense.config.max_position_embeddings
     ids: list[Tensor] = []
@@ -251,27 +251,29 @@ def _frequent_names(given: Any, dense: PreTrainedModel, texts: list[str], most: 
     follows_T = torch.ones(len(ids_T), dtype=torch.bool)
     length_N = torch.tensor(lengths, dtype=torch.int64)
     follows_T[(length_N.cumsum(0) - length_N)[length_N > 0]] = False
-    names = frequent_ngrams(ids_T, follows_T, most, HagMoeConfig.ngram_memory_order, LEAST_COUNT)
+    names, counts = frequent_ngrams(ids_T, follows_T, most, HagMoeConfig.ngram_memory_order, LEAST_COUNT)
     if not len(names):
         raise ValueError(
             f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "
             "will be trained on, or None for no memory."
         )
-    return names
+    return names, counts
 
 
-def give_memory(mixture: HagMoePreTrainedModel, names: Tensor) -> None:
+def give_memory(mixture: HagMoePreTrainedModel, names: Tensor, counts: Tensor) -> None:
     """Give a mixture a memory whose rows are 0, so that its outputs stay what they are.
 
     Args:
         mixture: A HAG-MoE without a memory, or with one that is to begin anew.
-        names: (N,) int64, the n-grams that it knows, as `frequent_ngrams` gives them.
+        names: (N,) int64, the n-grams that it knows.
+        counts: (N,) int64, how often they occurred; `frequent_ngrams` gives both.
     """
     encoder = cast(HagMoeModel, mixture.base_model)
     mixture.config.ngram_memory_size = len(names)
     memory = HagMoeNgramMemory(mixture.config)
     torch.nn.init.zeros_(memory.rows)
     memory.names.copy_(names)
+    memory.counts.copy_(counts)
     encoder.ngram_memory = memory.to(device=mixture.device, dtype=mixture.dtype)
     if report := getattr(mixture, "upcycling_report", None):
         rows = ("ngram_memory.rows", memory.rows.numel())

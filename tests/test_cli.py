@@ -51,6 +51,10 @@ def test_gates_start_from_a_file_of_texts(tmp_path, monkeypatch, capsys):
     texts.write_text("\n".join(f"{text[:20]}\t{text}" for text in demo.read_corpus()[0][:30]), encoding="utf-8")
     assert hagmoe("upcycle", parent, tmp_path / "paired", "--calibration-texts", texts, monkeypatch=monkeypatch) == 0
     assert "gates started from 60 texts" in capsys.readouterr().out
+    words = ("--ngram-texts", texts, "--ngram-memory-size", 50)
+    assert hagmoe("upcycle", parent, tmp_path / "memory", *words, monkeypatch=monkeypatch) == 0
+    assert "n-gram memory: 50 n-grams" in capsys.readouterr().out
+    assert json.loads((tmp_path / "memory/config.json").read_text())["ngram_memory_size"] == 50
 
 
 def test_a_plain_transformers_folder_keeps_its_tokenizer(tmp_path, monkeypatch):

@@ -21,16 +21,19 @@ from hagmoe_hf import export as export_room
 from hagmoe_hf.cli.main import main
 from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, OPENVINO_FILE, export, load, unrolled_experts_forward
 from hagmoe_hf.modeling_hagmoe import HagMoeGate
+from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
+from hagmoe_hf.upcycling import give_memory
 
 EXPORTED = {
     "groups by sequence": {},
     "two experts, normalized": MODES["two experts, normalized"],
     "gated, rotary, no biases": SHAPES["modernbert"],
+    "memory": {"ngram_memory_scale": 1.0},
 }
 
 
 @pytest.fixture(scope="module")
-def make_mixture(tiny_parent, tmp_path_factory):
+def make_mixture(tiny_parent, tmp_path_factory, corpus):
     """Makes a SentenceTransformer around a tiny mixture whose experts all differ."""
 
     def make(**changes) -> SentenceTransformer:
@@ -38,7 +41,11 @@ def make_mixture(tiny_parent, tmp_path_factory):
         tokenizer = AutoTokenizer.from_pretrained(tiny_parent)
         tokenizer.save_pretrained(folder)
         config = tiny_config(vocab_size=len(tokenizer), mlp_layer_types=["dense", "sparse", "dense"], **changes)
-        spread(HagMoeModel(config), scale=0.2).save_pretrained(folder)
+        model = HagMoeModel(config)
+        if "ngram_memory_scale" in changes:
+            ids = torch.tensor([token for text in tokenizer(corpus)["input_ids"] for token in text])
+            give_memory(model, *frequent_ngrams(ids, torch.ones_like(ids, dtype=torch.bool), 300, 4, 2))
+        spread(model, scale=0.2).save_pretrained(folder)
         return SentenceTransformer(str(folder), device="cpu")
 
     return make
@@ -81,7 +88,12 @@ def test_a_float32_graph_equals_torch_on_other_batches_and_lengths(mode, make_mi
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=[pytest.mark.slow] if place else []) for place, mode in enumerate(EXPORTED)]
+    "mode",
+    [
+        pytest.param(mode, marks=[pytest.mark.slow] if place else [])
+        for place, mode in enumerate(EXPORTED)
+        if mode != "memory"
+    ],
 )
 def test_an_openvino_graph_equals_torch_where_there_is_padding(mode, make_mixture, corpus, tmp_path):
     """Its exporter brings its own experts, to whom "no expert" means an index that does not exist."""
@@ -92,6 +104,13 @@ def test_an_openvino_graph_equals_torch_where_there_is_padding(mode, make_mixtur
     assert check.largest_difference <= 1e-5
     assert {batch for batch, _ in check.shapes} >= {1, 7, 32}
     assert (tmp_path / "out/openvino" / OPENVINO_FILE).is_file()
+
+
+def test_a_memory_is_refused_where_it_cannot_be_looked_up(make_mixture, corpus, tmp_path):
+    """OpenVINO's integers are too small for the names of n-grams, which would silently be others'."""
+    with pytest.raises(ValueError, match=r"ngram_memory_size > 0\); allowed: 'onnx'"):
+        export(make_mixture(**EXPORTED["memory"]), tmp_path / "out", corpus[:10], format="openvino")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_experts_are_int8_and_the_gates_are_not(exported):

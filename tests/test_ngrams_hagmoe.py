@@ -37,8 +37,9 @@ def count(texts: list[list[int]], order: int) -> Counter:
 def test_the_most_frequent_ngrams_are_known(texts, most, least_count):
     """A memory that holds other rows than it says learns for texts that nobody has."""
     counts = {ngram: number for ngram, number in count(texts, 3).items() if number >= least_count}
-    names = frequent_ngrams(*flat(texts), most, 3, least_count)
+    names, found_counts = frequent_ngrams(*flat(texts), most, 3, least_count)
     spelled = spell_ngrams(names)
+    assert found_counts.tolist() == [counts[ngram] for ngram in spelled]
     assert len(set(spelled)) == len(spelled) == min(most, len(counts))
     chosen = sorted((counts[ngram] for ngram in spelled), reverse=True)
     assert chosen == sorted(counts.values(), reverse=True)[:most]
@@ -49,7 +50,7 @@ def test_the_most_frequent_ngrams_are_known(texts, most, least_count):
 def test_every_known_ngram_is_found_where_it_ends_and_no_other(texts, most):
     """Also by the search that exported graphs use, which has no operation of its own for it."""
     ids, follows = flat(texts)
-    names = frequent_ngrams(ids, follows, most, 3, 1)
+    names, _ = frequent_ngrams(ids, follows, most, 3, 1)
     if not len(names):
         return
     row = {ngram: place + 1 for place, ngram in enumerate(spell_ngrams(names))}
@@ -69,11 +70,12 @@ def test_every_known_ngram_is_found_where_it_ends_and_no_other(texts, most):
 def with_memory(shape: str = "bert", seed: int = 0, **changes) -> HagMoeModel:
     """A tiny mixture whose memory knows runs of the ids 5, 6, ..., 20."""
     ids = torch.arange(5, 21).repeat(3)
-    names = frequent_ngrams(ids, torch.arange(48) % 16 > 0, 60, 4, 1)
+    names, _ = frequent_ngrams(ids, torch.arange(48) % 16 > 0, 60, 4, 1)
     changes = {**SHAPES[shape], "ngram_memory_size": len(names), "ngram_memory_scale": 1.0, **changes}
     model = HagMoeModel(tiny_config(**changes)).eval()
     spread(model, scale=0.2, seed=seed)
     model.ngram_memory.names.copy_(names)
+    model.ngram_memory.counts.copy_(torch.arange(len(names)) % 4 + 1)
     return model
 
 
@@ -132,6 +134,18 @@ def test_rows_learn_by_their_scale_and_only_where_they_are_met():
     torch.testing.assert_close(model(torch.tensor([TEXT])).last_hidden_state, inferred, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_frequent_ngram_moves_its_tokens_less_than_a_rare_one():
+    """Rows of words that all texts share would carry what one domain taught into the others."""
+    model = with_memory(ngram_memory_scale=2.0)
+    memory = model.ngram_memory
+    memory.rows.fill_(1.0)
+    place = int((memory.counts == 4).nonzero()[0])
+    (first, *_), follows = spell_ngrams(memory.names)[place], torch.zeros(1, 1, dtype=torch.bool)
+    moved = memory(torch.tensor([[first]]), follows)
+    torch.testing.assert_close(moved, torch.full_like(moved, 2.0 / 4**0.5))
+
+
 def found(model: HagMoeModel, text: list[int]) -> list[list[int]]:
     follows = torch.tensor([[False] + [True] * (len(text) - 1)])
     return [rows[0].tolist() for rows in ngram_rows(torch.tensor([text]), follows, model.ngram_memory.names, 4)]
@@ -143,6 +157,7 @@ def test_saving_keeps_what_the_memory_knows(tmp_path):
     model.save_pretrained(tmp_path)
     again = HagMoeModel.from_pretrained(tmp_path).eval()
     assert torch.equal(again.ngram_memory.names, model.ngram_memory.names)
+    assert torch.equal(again.ngram_memory.counts, model.ngram_memory.counts)
     text = torch.tensor([TEXT])
     torch.testing.assert_close(again(text).last_hidden_state, model(text).last_hidden_state)
     half = HagMoeModel.from_pretrained(tmp_path, dtype=torch.bfloat16)

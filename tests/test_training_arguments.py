@@ -36,6 +36,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["--temperature", "0.5"], "temperature=0.5 is not possible; allowed: 1"),
         (["--max_rows", "0"], "max_rows=0 is not possible; allowed: at least 1"),
         (["--calibration_rows", "-1"], "calibration_rows=-1 is not possible; allowed: 0"),
+        (["--ngram_memory_size", "-1"], "ngram_memory_size=-1 is not possible; allowed: 0"),
+        (["--objective", "mlm", "--ngram_memory_size", "2"], "ngram_memory_size=2 is not possible; allowed: 0 with"),
         (["--objective", "mlm", "--calibration_rows", "2"], "calibration_rows=2 is not possible; allowed: 0 with"),
         (["--where", "split"], "where='split' is not possible; allowed: COLUMN=VALUE"),
         (["--where", "lang=en", "lang=de"], "where=\\['lang=en', 'lang=de'\\] is not possible; allowed: each column once"),

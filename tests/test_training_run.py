@@ -371,3 +371,13 @@ def hagmoe_main_exit(code: int) -> None:
     with pytest.raises(SystemExit) as exit_:
         hagmoe_main()
     assert (exit_.value.code or 0) == code
+
+
+def test_a_memory_knows_the_training_texts_and_learns(tmp_path, tiny_parent, pairs_file):
+    """Its n-grams are those of the data, without a word in the user's script."""
+    train(words(tmp_path / "out", tiny_parent, pairs_file, ngram_memory_size=300))
+    encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
+    assert encoder.config.ngram_memory_size == 300
+    learned = encoder.ngram_memory.rows.abs().sum(dim=-1) > 0
+    assert not learned[0], "row 0 stands for all that is unknown"
+    assert learned[1:].float().mean() > 0.5

@@ -82,6 +82,11 @@ def upcycle(
             help="UTF-8 file from which the gates start: one text per line, or several that belong together, between tabs."
         ),
     ] = None,
+    ngram_texts: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 file of all texts to train on, as above: their frequent n-grams get a memory."),
+    ] = None,
+    ngram_memory_size: Annotated[int, typer.Option(help="Most n-grams in that memory.", min=1)] = 65536,
     seed: Annotated[int, typer.Option(help="Seed of the new routers.", min=0, max=2**32 - 1)] = 0,
     allow_key_mismatch: Annotated[
         bool, typer.Option("--allow-key-mismatch", help="Go on where weights are missing or left over.")
@@ -100,6 +105,8 @@ def upcycle(
             group_routing=group_routing,
             combine_rule=combine_rule,
             calibration_texts=None if calibration_texts is None else _items(calibration_texts),
+            ngram_texts=None if ngram_texts is None else _items(ngram_texts),
+            ngram_memory_size=ngram_memory_size,
             seed=seed,
             allow_key_mismatch=allow_key_mismatch,
         )

@@ -107,7 +107,7 @@ SUBJECT = Arm(
 )
 
 
-MEMORY = {"memory": 65536, "memory_scale": 300.0, "balancing": None}
+MEMORY: Mapping[str, Any] = {"memory": 65536, "memory_scale": 300.0, "balancing": None}
 
 
 def _fixed(name: str, about: str, routing: str, **upcycling: Any) -> Arm:
@@ -190,7 +190,12 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         Arm("memory", "the parent with a memory alone, no experts", upcycling={"sparse_layers": []}, **MEMORY),
         Arm("unigrams", "the same for single tokens only", upcycling={"sparse_layers": []}, **{**MEMORY, "memory_order": 1}),
         replace(
-            CALIBRATED, name="hag-memory", about="the default and a memory", paired=True, memory=65536, memory_scale=300.0
+            CALIBRATED,
+            name="hag-memory",
+            about="the default, gates from pairs, and a memory",
+            paired=True,
+            memory=65536,
+            memory_scale=300.0,
         ),
     ),
     # The same training, upcycled late: experts part from a dense model that was trained already

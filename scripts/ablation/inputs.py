@@ -190,8 +190,8 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
 
 
 @lru_cache
-def frequent_names(folder: Path, most: int, order: int) -> Tensor:
-    """Names of the most frequent n-grams of all training pairs, as `upcycle` counts them."""
+def training_ngrams(folder: Path, most: int, order: int) -> tuple[Tensor, Tensor]:
+    """Names and counts of the most frequent n-grams of all training pairs, as `upcycle` counts them."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
     ids_T = torch.cat([texts.ids.long() for texts in pairs.columns])

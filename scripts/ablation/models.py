@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from ablation.arms import Arm
-from ablation.inputs import frequent_names
+from ablation.inputs import training_ngrams
 from ablation.routers import fix_routing, start_subjects
 from hagmoe_hf import sentence, upcycle
 from hagmoe_hf.upcycling import give_memory
@@ -35,7 +35,7 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
     if arm.memory:
         encoder = sentence.encoder_of(model)
         encoder.config.ngram_memory_scale = arm.memory_scale
-        give_memory(encoder, frequent_names(parent.parent, arm.memory, arm.memory_order))
+        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order))
     return model
 
 
