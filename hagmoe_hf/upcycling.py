@@ -90,7 +90,7 @@ class UpcyclingReport:
             return f"  {label:<7} {len(entries):>4} tensors  {sum(size for _, size in entries):>13,} numbers   {remark}"
 
         ratio = self.active_parameters / self.parent_parameters
-        layers = ", ".join(map(str, self.sparse_layers))
+        layers = ", ".join(map(str, self.sparse_layers)) or "none"
         return "\n".join(
             (
                 f"Upcycled {self.parent} ({self.family}); sparse layers: {layers}",
@@ -134,7 +134,8 @@ def upcycle(
         parent: A path or Hub id, a transformers model, or a `SentenceTransformer`, `CrossEncoder`, `SparseEncoder` or
             `MultiVectorEncoder`. It is left as it was.
         sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end; every
-            second layer but the last where None. An empty list makes none: the parent with a memory alone.
+            second layer but the last where None. An empty list makes none: the parent in this package's code, with a
+            memory where `ngram_texts` are given.
         n_group: Expert groups, a divisor of `num_experts`; 1 for a plain token router.
         num_experts: Routed experts per sparse layer, over all groups.
         num_experts_per_tok: Routed experts that each token passes.
@@ -187,10 +188,6 @@ def upcycle(
     if not is_size:
         raise ValueError(f"ngram_memory_size={ngram_memory_size!r} is not possible; allowed: an integer of at least 1.")
 
-    if sparse_layers is not None and not isinstance(sparse_layers, str | int):
-        sparse_layers = list(sparse_layers)
-        if not sparse_layers and ngram_texts is None:
-            raise ValueError("sparse_layers=[] is not possible without ngram_texts; allowed: at least one layer, or None.")
     counted = None if ngram_texts is None else _single_texts(_text_list("ngram_texts", ngram_texts))
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:

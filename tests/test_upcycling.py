@@ -210,7 +210,6 @@ REFUSED = {
     "fraction NaN": ({"shared_expert_fraction": math.nan}, "shared_expert_fraction=nan is not possible"),
     "nothing left": ({"shared_expert_fraction": 0.99}, "leaves no neuron of intermediate_size=64"),
     "layer out of range": ({"sparse_layers": [1, 3]}, "names layer 3; allowed: 0 to 2"),
-    "no layer": ({"sparse_layers": []}, r"sparse_layers=\[\] is not possible without ngram_texts"),
     "layers as text": ({"sparse_layers": "1,2"}, "sparse_layers='1,2' is not possible"),
     "a layer alone": ({"sparse_layers": 1}, "sparse_layers=1 is not possible; allowed: a list of layer numbers"),
     "a text alone": ({"calibration_texts": "a b"}, "calibration_texts holds 'a b' of type str; allowed: a list of texts"),
