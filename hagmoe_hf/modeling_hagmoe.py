@@ -196,15 +196,18 @@ class HagMoeNgramMemory(nn.Module):
 
     def forward(self, input_ids: Tensor, follows: Tensor) -> Tensor:
         """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
-        found = ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced())
-        rate = (self.counts.amin() / self.counts).sqrt().to(self.rows.dtype)
-        rate = F.pad(rate, (1, 0)).unsqueeze(-1)
-        parts = [F.embedding(rows, self.rows, padding_idx=0) * F.embedding(rows, rate) for rows in found]
-        states = torch.stack(parts).sum(dim=0)
+        # (order, B, L): all lengths at once, since a query's time goes into small operations
+        found = torch.stack(ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced()))
+        states = (F.embedding(found, self.rows, padding_idx=0) * self.factors(found).unsqueeze(-1)).sum(dim=0)
         if not torch.is_grad_enabled():
             return states * self.config.ngram_memory_scale
         # Only forward: Adam divides by a gradient's size in any case, and the norm that it is clipped by must not grow
         return states + states.detach() * (self.config.ngram_memory_scale - 1)
+
+    def factors(self, rows: Tensor) -> Tensor:
+        """What these rows (...) int64 are multiplied with before the scale: 1 for the rarest n-grams', 0 for row 0."""
+        shares = self.counts.amin() / self.counts[(rows - 1).clamp(min=0)]
+        return (shares.sqrt() * (rows > 0)).to(self.rows.dtype)
 
 
 class HagMoeRotaryEmbedding(nn.Module):

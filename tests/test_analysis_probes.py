@@ -4,7 +4,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from hagmoe_hf import upcycle
-from hagmoe_hf.analysis.probes import expert_outputs, importance, sparse_blocks, token_views, without_expert
+from hagmoe_hf.analysis.probes import (
+    expert_outputs,
+    importance,
+    sparse_blocks,
+    strongest_ngrams,
+    token_views,
+    without_expert,
+)
 from hagmoe_hf.analysis.stats import counts_per_text, linear_cka
 from hagmoe_hf.analysis.texts import Texts
 from hagmoe_hf.analysis.trace import record
@@ -109,3 +116,21 @@ def test_an_expert_that_cannot_be_spared_is_an_error(tiny_parent, tiny_mixture):
     both = mixture_of(tiny_parent, num_experts_per_tok=2)  # both experts of the one open group
     with pytest.raises(ValueError, match="none can be taken out"), without_expert(both, 0, 0):
         pass
+
+
+def test_the_ngrams_that_moved_furthest_are_named(tiny_parent, corpus):
+    """A reader wants words, not rows; what never moved was not learned."""
+    model = mixture_of(tiny_parent, ngram_texts=corpus, ngram_memory_size=50)
+    memory = model[0].model.ngram_memory
+    assert strongest_ngrams(model) == []
+    with torch.no_grad():
+        memory.rows[7], memory.rows[3] = 1.0, 2.0
+    furthest, next_one = strongest_ngrams(model)
+    width, scale = memory.rows.shape[1], memory.config.ngram_memory_scale
+    rarest = memory.counts.min()
+    assert furthest.count == memory.counts[2]
+    assert furthest.shift == pytest.approx(2 * width**0.5 * scale * float(rarest / memory.counts[2]) ** 0.5, rel=1e-5)
+    assert next_one.count == memory.counts[6]
+    assert furthest.text
+    assert any(furthest.text in text.lower() for text in corpus)
+    assert strongest_ngrams(mixture_of(tiny_parent)) == []

@@ -64,7 +64,7 @@ def page(summary: Summary, sections: Sequence[Section], folder: Path) -> str:
         if number == 0:
             parts.append(_load_table(summary))
     parts += ["<h2>Numbers</h2>", _information_table(summary), _pair_table(summary), _neighbour_table(summary)]
-    parts.append(_vocabulary_table(summary))
+    parts += [_vocabulary_table(summary), _ngram_table(summary)]
     if summary["missing"]:
         parts.append("<h2>What could not be said</h2><ul>")
         parts += [f"<li>{text(reason)}</li>" for reason in summary["missing"].values()]
@@ -151,3 +151,8 @@ def _vocabulary_table(summary: Summary) -> str:
     even = f"(even: {1 / summary['num_experts']:.0%})"
     head = ("", f"its own tokens, and the share of them that it takes {even}")
     return _table(head, rows, "Vocabulary of each expert", words=True)
+
+
+def _ngram_table(summary: Summary) -> str:
+    rows = [[f"{one['shift']:.2f}", one["text"], f"{one['count']:,}"] for one in summary["ngrams"]]
+    return _table(("shift", "n-gram", "occurrences"), rows, "What the memory learned most of", words=True)

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .. import sentence
 from ..modeling_hagmoe import HagMoeModel, HagMoeRouter, HagMoeSparseMLP
+from ..ngrams_hagmoe import spell_ngrams
 from .trace import prompt_of, sparse_encoder
 
 if TYPE_CHECKING:
@@ -35,6 +37,43 @@ class TokenView:
     tokens: tuple[str, ...]
     expert_index: np.ndarray
     gate_weight: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class LearnedNgram:
+    """What a memory learned of one n-gram.
+
+    Attributes:
+        text: As the tokenizer reads it back.
+        shift: Length of what it adds to an embedding.
+        count: How often it occurred in the texts that the memory was made from.
+    """
+
+    text: str
+    shift: float
+    count: int
+
+
+@torch.no_grad()
+def strongest_ngrams(model: "SentenceTransformer", most: int = 40) -> list[LearnedNgram]:
+    """The n-grams whose rows moved furthest, the furthest first; none where there is no memory.
+
+    Args:
+        model: A `SentenceTransformer` around a HAG-MoE.
+        most: How many at most; those that never moved are left out.
+    """
+    memory = cast(HagMoeModel, sentence.encoder_of(model)).ngram_memory
+    if memory is None:
+        return []
+    lengths = memory.rows[1:].float().norm(dim=-1)
+    shifts = lengths * memory.factors(torch.arange(1, len(memory.rows))) * memory.config.ngram_memory_scale
+    order = shifts.sort(descending=True, stable=True).indices[:most].tolist()
+    spelled = spell_ngrams(memory.names)
+    return [
+        LearnedNgram(model.tokenizer.decode(list(spelled[row])), float(shifts[row]), int(memory.counts[row]))
+        for row in order
+        if shifts[row] > 0
+    ]
 
 
 @torch.inference_mode()

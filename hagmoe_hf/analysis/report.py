@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..files import write_text
 from . import stats
 from .page import page
 from .pictures import draw, example_texts
-from .probes import expert_outputs, importance, token_views
+from .probes import expert_outputs, importance, strongest_ngrams, token_views
 from .summary import Summary, findings, sample_rows, summarize
 from .texts import Texts
 from .trace import record, sparse_encoder
@@ -91,6 +92,7 @@ def analyze(
     probe = Texts(tuple(trace.texts.texts[row] for row in rows))
     outputs = expert_outputs(loaded, list(probe.texts[:CKA_TEXTS]), seed=seed, prompt=prompt)
     summary["cka"] = [[[stats.linear_cka(one, other) for other in layer] for one in layer] for layer in outputs]
+    summary["ngrams"] = [asdict(ngram) for ngram in strongest_ngrams(loaded)]
     if parent is not None:
         before = sentence.load(parent).encode(list(probe.texts), batch_size=batch_size, prompt=prompt)
         now = loaded.encode(list(probe.texts), batch_size=batch_size, prompt=prompt)

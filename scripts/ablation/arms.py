@@ -184,6 +184,15 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             upcycling={"num_experts_per_tok": 2, "topk_group": 2, "combine_rule": "normalized"},
         ),
     ),
+    # The same training, upcycled late: experts part from a dense model that was trained already
+    4: (
+        DENSE,
+        BRANCH,
+        SUBJECT,
+        replace(BRANCH, name="branch-texts", about="the same, gates from texts alone", paired=False),
+        replace(BRANCH, name="branch-balanced", about="the same as branch, but biases balance", balancing={}),
+        replace(BRANCH, name="branch-learned", about="the same, and gates learn", balancing={}, frozen_gates=0.0),
+    ),
     # A memory of n-grams, alone and with experts
     5: (
         DENSE,
@@ -197,14 +206,5 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             memory=65536,
             memory_scale=300.0,
         ),
-    ),
-    # The same training, upcycled late: experts part from a dense model that was trained already
-    4: (
-        DENSE,
-        BRANCH,
-        SUBJECT,
-        replace(BRANCH, name="branch-texts", about="the same, gates from texts alone", paired=False),
-        replace(BRANCH, name="branch-balanced", about="the same as branch, but biases balance", balancing={}),
-        replace(BRANCH, name="branch-learned", about="the same, and gates learn", balancing={}, frozen_gates=0.0),
     ),
 }
