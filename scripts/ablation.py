@@ -30,11 +30,18 @@ def main() -> None:
     what.add_argument(
         "--by-merging", type=Path, nargs="+", metavar="RESULT", help="held-out MRR of these runs, experts merged in --parts"
     )
+    what.add_argument(
+        "--by-memory", type=Path, nargs="+", metavar="RESULT", help="held-out MRR and --set, memory turned down to --parts"
+    )
     what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
-    parser.add_argument("--set", default="retrieval/wiki_description_en", help="with --by-length")
+    parser.add_argument("--set", default="retrieval/wiki_description_en", help="with --by-length, --by-memory")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 256], help="with --by-length: tokens")
     parser.add_argument(
-        "--parts", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="with --by-merging: 1 is the mean itself"
+        "--parts",
+        type=float,
+        nargs="+",
+        default=[0, 0.25, 0.5, 0.75, 1],
+        help="with --by-merging (1 is the mean) and --by-memory",
     )
     parser.add_argument("--inputs", type=Path, default=Path("build/ablation/inputs"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/ablation"))
@@ -87,6 +94,11 @@ def main() -> None:
 
         for result in args.by_merging:
             add_merging(result, args.parts, args.work, args.inputs, command)
+    elif args.by_memory:
+        from ablation.run import add_memory
+
+        for result in args.by_memory:
+            add_memory(result, args.set, args.parts, args.work, args.inputs, command)
     elif args.score:
         from ablation.run import add_kit_scores
 

@@ -18,6 +18,7 @@ from ablation.arms import BRANCH, CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQ
 from ablation.budgets import Budget
 from ablation.lengths import scores_by_length
 from ablation.loop import Contrastive, Setting
+from ablation.memory import scores_by_memory, turned_down
 from ablation.models import build, mixture, parameter_groups
 from ablation.parting import mean_with_error, merged_experts, one_group, parting, ranks_by_merging, reciprocal_ranks
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
@@ -463,6 +464,23 @@ def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs,
                 side = to_either_side.view(-1, *[1] * (stack.dim() - 1))
                 stack.copy_(encoder.layers[layer].mlp.experts.get_parameter(name) + 4 + side)
     assert parting(model, dense, encoder, dev)["expert_distance"] == pytest.approx([1 / 4, 1 / 4])
+
+
+def test_a_memory_can_be_turned_down(prepared, pairs, dev, tmp_path):
+    """Off, it must be as if it had never been; and every row that was learned comes from training."""
+    model = trained(dataclasses.replace(ARMS["memory"], memory=50), prepared, pairs, dev, tmp_path)[1]
+    memory = sentence.encoder_of(model).ngram_memory
+    assert memory.rows.shape[0] == 51
+    assert memory.rows[1:].any()
+    kit_set = next(one for one in scoring.kit_sets(prepared / "kit") if one.kind == "sts")
+    found = scores_by_memory(model, dev, kit_set, [0, 1])
+    with torch.no_grad():
+        memory.rows.zero_()
+    nothing = scores_by_memory(model, dev, kit_set, [1])
+    assert found["0"] == nothing["1"]
+    assert found["1"] != nothing["1"]
+    with pytest.raises(ValueError, match="no memory"), turned_down(model_of(DENSE, prepared), 0.5):
+        pass
 
 
 def test_scores_by_length_are_those_of_texts_that_were_cut(prepared):

@@ -23,10 +23,12 @@ from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_pairs, load_pairs
 from ablation.lengths import scores_by_length
 from ablation.loop import Run, Setting
+from ablation.memory import scores_by_memory
 from ablation.models import build
 from ablation.parting import parting, ranks_by_merging
 from ablation.results import due, read_results, run_name
 from hagmoe_hf import sentence
+from hagmoe_hf.evaluation.kit import KitSet
 from hagmoe_hf.files import new_file, write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
@@ -159,12 +161,34 @@ def add_lengths(result: Path, kit_set: str, lengths: list[int], work: Path, inpu
     Raises:
         ValueError: The kit has no such set.
     """
-    sets = {one.key: one for one in scoring.kit_sets(inputs / "kit")}
-    if kit_set not in sets:
-        raise ValueError(f"set {kit_set!r} is not in {inputs / 'kit'}; allowed: {', '.join(sorted(sets))}.")
+    wanted = _kit_set(inputs, kit_set)
     entry, mixture, dense = _with_dense(result, work, inputs)
-    found = {"set": kit_set, "score": scores_by_length(mixture, dense, sets[kit_set], lengths)}
+    found = {"set": kit_set, "score": scores_by_length(mixture, dense, wanted, lengths)}
     _add_finding("lengths.json", result, entry, found, command)
+
+
+def _kit_set(inputs: Path, key: str) -> KitSet:
+    sets = {one.key: one for one in scoring.kit_sets(inputs / "kit")}
+    if key not in sets:
+        raise ValueError(f"set {key!r} is not in {inputs / 'kit'}; allowed: {', '.join(sorted(sets))}.")
+    return sets[key]
+
+
+def add_memory(result: Path, kit_set: str, parts: list[float], work: Path, inputs: Path, command: str) -> None:
+    """Put a run's scores with parts of its memory, on held-out pairs and a set, into `memory.json` beside its result.
+
+    Raises:
+        ValueError: The kit has no such set, or the run no memory.
+    """
+    wanted = _kit_set(inputs, kit_set)
+    entry = json.loads(result.read_text(encoding="utf-8"))
+    budget = entry["budget"]
+    dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
+    found = scores_by_memory(kept_model(entry, work, inputs), dev, wanted, parts)
+    known = result.with_name("memory.json")
+    earlier = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    sets = earlier.get(result.stem, {}).get("parts", {})
+    _add_finding("memory.json", result, entry, {"parts": {**sets, kit_set: found}}, command)
 
 
 def add_merging(result: Path, parts: list[float], work: Path, inputs: Path, command: str) -> None:
