@@ -197,7 +197,7 @@ class HagMoeConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int | None = None
     ngram_memory_size: int = 0
     ngram_memory_order: int = 4
-    ngram_memory_scale: float | int = 100.0
+    ngram_memory_scale: float | int = 300.0
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
 

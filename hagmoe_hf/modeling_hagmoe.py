@@ -206,7 +206,7 @@ class HagMoeNgramMemory(nn.Module):
 
     def factors(self, rows: Tensor) -> Tensor:
         """What these rows (...) int64 are multiplied with before the scale: 1 for the rarest n-grams', 0 for row 0."""
-        shares = self.counts.amin() / self.counts[(rows - 1).clamp(min=0)]
+        shares = self.counts.amin(dim=0) / self.counts[(rows - 1).clamp(min=0)]
         return (shares.sqrt() * (rows > 0)).to(self.rows.dtype)
 
 

@@ -56,7 +56,7 @@ class Arm:
     mixed_batches: bool = False
     memory: int = 0
     memory_order: int = 4
-    memory_scale: float = 100.0
+    memory_scale: float = 300.0
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
@@ -107,7 +107,7 @@ SUBJECT = Arm(
 )
 
 
-MEMORY: Mapping[str, Any] = {"memory": 65536, "memory_scale": 300.0, "balancing": None}
+MEMORY: Mapping[str, Any] = {"memory": 65536, "balancing": None}
 
 
 def _fixed(name: str, about: str, routing: str, **upcycling: Any) -> Arm:
@@ -204,7 +204,6 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             about="the default, gates from pairs, and a memory",
             paired=True,
             memory=65536,
-            memory_scale=300.0,
         ),
     ),
 }
