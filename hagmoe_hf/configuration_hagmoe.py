@@ -109,7 +109,8 @@ class HagMoeConfig(PreTrainedConfig):
             no memory.
         ngram_memory_order (`int`): Tokens of the longest n-gram in the memory.
         ngram_memory_scale (`float`): How many times as fast as other weights the rows of the rarest n-grams in the memory
-            learn under Adam; those of others by the root of their count more slowly.
+            learn under Adam; those of others by the root of their count more slowly. Less of it turns a trained memory
+            down, 0 turns it off.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 
@@ -295,9 +296,7 @@ class HagMoeConfig(PreTrainedConfig):
             _require(value is None or 0 <= value <= 1, name, value, "a probability between 0 and 1")
         _require(self.ngram_memory_size >= 0, "ngram_memory_size", self.ngram_memory_size, "0 (no memory) or more rows")
         _require(self.ngram_memory_order >= 1, "ngram_memory_order", self.ngram_memory_order, "an integer of at least 1")
-        scale = self.ngram_memory_scale
-        _require(0 < scale < float("inf"), "ngram_memory_scale", scale, "a finite number above 0")
-        for name in ("initializer_range", "layer_norm_eps", "router_aux_loss_coef"):
+        for name in ("initializer_range", "layer_norm_eps", "ngram_memory_scale", "router_aux_loss_coef"):
             value = getattr(self, name)
             _require(0 <= value < float("inf"), name, value, "a finite number, 0 or more")
         for name in ("hidden_act", "classifier_activation"):

@@ -150,8 +150,8 @@ def upcycle(
             single texts are as much about their form, short or long. Where None, the gates start at random, and most
             texts open the same group. The outputs are the parent's either way.
         ngram_texts: Texts that the mixture will be trained on, best all of them, single or in tuples. Their most frequent
-            n-grams get a memory of their own, a row each, which learns fast and leaves other texts alone. Where None, there
-            is no memory.
+            n-grams get a memory, a row each, which learns fast: for texts like these, at some cost for others. Where None,
+            there is no memory.
         ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product.
         seed: Seed of the new routers' weights, and of the calibration.
         allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then

@@ -135,6 +135,17 @@ def test_rows_learn_by_their_scale_and_only_where_they_are_met():
 
 
 @torch.no_grad()
+def test_a_memory_can_be_turned_off_for_good(tmp_path):
+    """Whoever finds that it costs more than it brings need not train again."""
+    model = with_memory()
+    model.config.ngram_memory_scale = 0.0
+    model.save_pretrained(tmp_path)
+    again, text = HagMoeModel.from_pretrained(tmp_path).eval(), torch.tensor([TEXT])
+    model.ngram_memory = None
+    assert torch.equal(again(text).last_hidden_state, model(text).last_hidden_state)
+
+
+@torch.no_grad()
 def test_a_frequent_ngram_moves_its_tokens_less_than_a_rare_one():
     """Rows of words that all texts share would carry what one domain taught into the others."""
     model = with_memory(ngram_memory_scale=2.0)
@@ -182,7 +193,7 @@ def test_the_config_counts_the_memory():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("ngram_memory_size", -1), ("ngram_memory_order", 0), ("ngram_memory_scale", 0.0)]
+    ("field", "value"), [("ngram_memory_size", -1), ("ngram_memory_order", 0), ("ngram_memory_scale", -1.0)]
 )
 def test_a_memory_that_cannot_be_is_refused(field, value):
     with pytest.raises(Exception, match=f"{field}={value}"):
