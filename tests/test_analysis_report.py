@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from sentence_transformers import SentenceTransformer
 
@@ -175,3 +176,16 @@ def test_example_sentences_are_short_and_of_different_domains(mixture_folder, co
 
 def test_the_trace_is_the_only_folder_beside_the_files(finished):
     assert {path.name for path in Path(finished[0]).iterdir() if path.is_dir()} == {"trace", "checkpoints", "importance"}
+
+
+def test_the_page_names_what_a_memory_learned(tiny_parent, corpus, tmp_path):
+    """Words of the user's texts, which are data and no markup."""
+    model = upcycle(SentenceTransformer(str(tiny_parent), device="cpu"), ngram_texts=corpus, ngram_memory_size=20)
+    with torch.no_grad():
+        model[0].model.ngram_memory.rows[5] = 0.01
+    model.save_pretrained(str(tmp_path / "model"))
+    summary = analyze(str(tmp_path / "model"), Texts(tuple(corpus[:8])), tmp_path / "out")
+    (learned,) = summary["ngrams"]
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "What the memory learned most of" in page
+    assert f"<td>{learned['shift']:.2f}</td>" in page
