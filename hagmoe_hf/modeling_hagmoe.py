@@ -48,7 +48,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_hagmoe import HagMoeConfig
 from .kernels_hagmoe import activate, is_traced, linear, run_experts
 from .ngrams_hagmoe import NEVER, ngram_rows
-from .routing_hagmoe import Packing, RealTokens, Routing, attention_pool, attention_pool_packed, load_balancing_loss, route
+from .routing_hagmoe import (
+    Packing,
+    RealTokens,
+    Routing,
+    attention_pool,
+    attention_pool_packed,
+    follows_in_text,
+    load_balancing_loss,
+    route,
+)
 
 BALANCING_BIASES = "balancing_biases.safetensors"  # beside adapters
 MOST_REAL = 0.9  # share of real tokens in a batch, above which leaving out its padding costs more than it saves
@@ -178,9 +187,8 @@ class HagMoeEmbeddings(nn.Module):
 class HagMoeNgramMemory(nn.Module):
     """A row for every n-gram that is frequent in the user's texts, added to the embedding of the token where it ends.
 
-    Rows start at 0, and those of other n-grams stay there: what is not like the user's texts passes as in the parent. A
-    row's factor falls with the root of its n-gram's count, so that the rare ones learn fast and the frequent ones, which are
-    met in texts of every kind, do not wander: the rates of AdaGrad (Duchi et al. 2011), for an optimizer that has none.
+    Rows start at 0, and an n-gram that is not known adds nothing. A row's factor falls with the root of its n-gram's count,
+    so that rare ones learn faster than frequent ones: the rates of AdaGrad (Duchi et al. 2011), for an optimizer without.
 
     Source: n-gram embeddings, arXiv 2502.01637 (SCONE); a memory that is looked up instead of computed, arXiv 2412.09764.
     """
@@ -982,22 +990,6 @@ def find_packing(texts: Tensor, attention_mask: Tensor | None, position_ids: Ten
     if row_index is None:
         return None
     return Packing.from_row_index(row_index.to(texts.device).expand(texts.shape[0], -1), is_tracing(row_index))
-
-
-def follows_in_text(
-    tokens: Tensor, token_mask: Tensor | None, packing: Packing | None, real_tokens: RealTokens | None
-) -> Tensor:
-    """(B, L) bool for (B, L) tokens: which of them directly follow another real token of the same text."""
-    if real_tokens is not None:  # without padding, what lay apart may lie side by side
-        slot, row = real_tokens.slot, real_tokens.slot // real_tokens.shape[1]
-        pairs = ((row[1:] == row[:-1]) & (slot[1:] == slot[:-1] + 1)).unsqueeze(0)
-    elif packing is not None:
-        pairs = packing.sequence_index[:, 1:] == packing.sequence_index[:, :-1]
-    elif token_mask is not None:
-        pairs = token_mask[:, 1:] & token_mask[:, :-1]
-    else:
-        pairs = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    return F.pad(pairs.expand(len(tokens), -1), (1, 0))
 
 
 def has_holes(token_mask: Tensor) -> bool:

@@ -56,12 +56,15 @@ def _search_step_by_step(names: Tensor, wanted: Tensor) -> Tensor:
     return below
 
 
-def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_count: int) -> tuple[Tensor, Tensor]:
+def frequent_ngrams(
+    ids: Tensor, lengths: Tensor, left_out: list[int], most: int, order: int, least_count: int
+) -> tuple[Tensor, Tensor]:
     """Names and counts of the most frequent n-grams of some texts.
 
     Args:
-        ids: (T,) int64; a negative one, such as a special token's, is part of no n-gram.
-        follows: (T,) bool, whether a token directly follows another one of its own text.
+        ids: (T,) int64.
+        lengths: (texts,) int64, their tokens.
+        left_out: Ids that are part of no n-gram, such as special tokens'.
         most: Most names.
         order: Tokens of the longest n-gram.
         least_count: How often an n-gram occurs at least.
@@ -70,12 +73,15 @@ def frequent_ngrams(ids: Tensor, follows: Tensor, most: int, order: int, least_c
         Names (N,) int64, rising, and counts (N,) int64; N <= most. Of equally frequent n-grams shorter ones come first, so
         each one's beginning is in.
     """
+    follows_T = torch.ones_like(ids, dtype=torch.bool)
+    follows_T[(lengths.cumsum(0) - lengths)[lengths > 0]] = False
+    is_part_T = ~torch.isin(ids, torch.tensor(left_out, dtype=torch.int64))
     # For each n: its candidates' provisional names (their beginning's place among those of n - 1), and their counts
     candidates, counts = [], []
     place_T = torch.zeros_like(ids)  # of the n-gram that ends at each token, -1 for none
     for n in range(1, order + 1):
-        before_T = place_T if n == 1 else torch.where(follows, place_T.roll(1), -1)
-        name_T = torch.where((before_T >= 0) & (ids >= 0), before_T * BASE + ids, -1)
+        before_T = place_T if n == 1 else torch.where(follows_T, place_T.roll(1), -1)
+        name_T = torch.where((before_T >= 0) & is_part_T, before_T * BASE + ids, -1)
         names, inverse_T, count = name_T.unique(return_inverse=True, return_counts=True)
         kept = (count >= least_count) & (names >= 0)
         place_T = torch.where(kept, kept.cumsum(0) - 1, -1)[inverse_T]

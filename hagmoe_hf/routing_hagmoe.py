@@ -120,6 +120,22 @@ class RealTokens(NamedTuple):
         return Packing((self.slot // self.shape[1]).unsqueeze(0), self.shape[0], True)
 
 
+def follows_in_text(
+    tokens: Tensor, token_mask: Tensor | None, packing: Packing | None, real_tokens: RealTokens | None
+) -> Tensor:
+    """(B, L) bool for (B, L) tokens: which of them directly follow another real token of the same text."""
+    if real_tokens is not None:  # without padding, what lay apart may lie side by side
+        slot, row = real_tokens.slot, real_tokens.slot // real_tokens.shape[1]
+        pairs = ((row[1:] == row[:-1]) & (slot[1:] == slot[:-1] + 1)).unsqueeze(0)
+    elif packing is not None:
+        pairs = packing.sequence_index[:, 1:] == packing.sequence_index[:, :-1]
+    elif token_mask is not None:
+        pairs = token_mask[:, 1:] & token_mask[:, :-1]
+    else:
+        pairs = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    return torch.nn.functional.pad(pairs.expand(len(tokens), -1), (1, 0))
+
+
 def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | None) -> Tensor:
     """Summarise each sequence by learned-query attention over its own real tokens.
 
@@ -322,6 +338,7 @@ __all__ = [
     "Routing",
     "attention_pool",
     "attention_pool_packed",
+    "follows_in_text",
     "load_balancing_loss",
     "route",
     "router_z_loss",

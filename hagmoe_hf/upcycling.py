@@ -244,11 +244,9 @@ def _frequent_ngrams(given: Any, dense: PreTrainedModel, texts: list[str], most:
         lengths += map(len, encoded)
         ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
     ids_T = torch.cat([*ids, torch.empty(0, dtype=torch.int64)])
-    ids_T = ids_T.masked_fill(torch.isin(ids_T, torch.tensor(tokenizer.all_special_ids)), -1)
-    follows_T = torch.ones(len(ids_T), dtype=torch.bool)
     length_N = torch.tensor(lengths, dtype=torch.int64)
-    follows_T[(length_N.cumsum(0) - length_N)[length_N > 0]] = False
-    names, counts = frequent_ngrams(ids_T, follows_T, most, HagMoeConfig.ngram_memory_order, LEAST_COUNT)
+    order = HagMoeConfig.ngram_memory_order
+    names, counts = frequent_ngrams(ids_T, length_N, tokenizer.all_special_ids, most, order, LEAST_COUNT)
     if not len(names):
         raise ValueError(
             f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "

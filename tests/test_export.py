@@ -44,7 +44,7 @@ def make_mixture(tiny_parent, tmp_path_factory, corpus):
         model = HagMoeModel(config)
         if "ngram_memory_scale" in changes:
             ids = torch.tensor([token for text in tokenizer(corpus)["input_ids"] for token in text])
-            give_memory(model, *frequent_ngrams(ids, torch.ones_like(ids, dtype=torch.bool), 300, 4, 2))
+            give_memory(model, *frequent_ngrams(ids, torch.tensor([len(ids)]), [], 300, 4, 2))
         spread(model, scale=0.2).save_pretrained(folder)
         return SentenceTransformer(str(folder), device="cpu")
 

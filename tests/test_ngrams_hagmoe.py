@@ -17,9 +17,8 @@ TEXTS = st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=9), min_size=
 
 
 def flat(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """All tokens one after the other, and which of them follow another one of their text."""
-    follows = [place > 0 for text in texts for place in range(len(text))]
-    return torch.tensor([token for text in texts for token in text]), torch.tensor(follows)
+    """All tokens one after the other, and the lengths of the texts."""
+    return torch.tensor([token for text in texts for token in text]), torch.tensor(list(map(len, texts)))
 
 
 def count(texts: list[list[int]], order: int) -> Counter:
@@ -37,7 +36,7 @@ def count(texts: list[list[int]], order: int) -> Counter:
 def test_the_most_frequent_ngrams_are_known(texts, most, least_count):
     """A memory that holds other rows than it says learns for texts that nobody has."""
     counts = {ngram: number for ngram, number in count(texts, 3).items() if number >= least_count}
-    names, found_counts = frequent_ngrams(*flat(texts), most, 3, least_count)
+    names, found_counts = frequent_ngrams(*flat(texts), [-1], most, 3, least_count)
     spelled = spell_ngrams(names)
     assert found_counts.tolist() == [counts[ngram] for ngram in spelled]
     assert len(set(spelled)) == len(spelled) == min(most, len(counts))
@@ -49,8 +48,9 @@ def test_the_most_frequent_ngrams_are_known(texts, most, least_count):
 @given(texts=TEXTS, most=st.integers(1, 30))
 def test_every_known_ngram_is_found_where_it_ends_and_no_other(texts, most):
     """Also by the search that exported graphs use, which has no operation of its own for it."""
-    ids, follows = flat(texts)
-    names, _ = frequent_ngrams(ids, follows, most, 3, 1)
+    ids, lengths = flat(texts)
+    names, _ = frequent_ngrams(ids, lengths, [-1], most, 3, 1)
+    follows = torch.tensor([place > 0 for text in texts for place in range(len(text))])
     if not len(names):
         return
     row = {ngram: place + 1 for place, ngram in enumerate(spell_ngrams(names))}
@@ -70,7 +70,7 @@ def test_every_known_ngram_is_found_where_it_ends_and_no_other(texts, most):
 def with_memory(shape: str = "bert", seed: int = 0, **changes) -> HagMoeModel:
     """A tiny mixture whose memory knows runs of the ids 5, 6, ..., 20."""
     ids = torch.arange(5, 21).repeat(3)
-    names, _ = frequent_ngrams(ids, torch.arange(48) % 16 > 0, 60, 4, 1)
+    names, _ = frequent_ngrams(ids, torch.tensor([16, 16, 16]), [], 60, 4, 1)
     changes = {**SHAPES[shape], "ngram_memory_size": len(names), "ngram_memory_scale": 1.0, **changes}
     model = HagMoeModel(tiny_config(**changes)).eval()
     spread(model, scale=0.2, seed=seed)

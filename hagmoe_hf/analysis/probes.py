@@ -66,7 +66,8 @@ def strongest_ngrams(model: "SentenceTransformer", most: int = 40) -> list[Learn
     if memory is None:
         return []
     lengths = memory.rows[1:].float().norm(dim=-1)
-    shifts = lengths * memory.factors(torch.arange(1, len(memory.rows))) * memory.config.ngram_memory_scale
+    rows = torch.arange(1, len(memory.rows), device=memory.rows.device)
+    shifts = lengths * memory.factors(rows) * memory.config.ngram_memory_scale
     order = shifts.sort(descending=True, stable=True).indices[:most].tolist()
     spelled = spell_ngrams(memory.names)
     return [

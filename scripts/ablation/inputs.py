@@ -196,10 +196,7 @@ def training_ngrams(folder: Path, most: int, order: int) -> tuple[Tensor, Tensor
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
     ids_T = torch.cat([texts.ids.long() for texts in pairs.columns])
     lengths = torch.from_numpy(np.concatenate([texts.lengths for texts in pairs.columns]))
-    follows_T = torch.ones(len(ids_T), dtype=torch.bool)
-    follows_T[lengths.cumsum(0) - lengths] = False
-    ids_T = ids_T.masked_fill(torch.isin(ids_T, torch.tensor(tokenizer.all_special_ids)), -1)
-    return frequent_ngrams(ids_T, follows_T, most, order, LEAST_COUNT)
+    return frequent_ngrams(ids_T, lengths, tokenizer.all_special_ids, most, order, LEAST_COUNT)
 
 
 def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:

@@ -184,11 +184,8 @@ def add_memory(result: Path, kit_set: str, parts: list[float], work: Path, input
     entry = json.loads(result.read_text(encoding="utf-8"))
     budget = entry["budget"]
     dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
-    found = scores_by_memory(kept_model(entry, work, inputs), dev, wanted, parts)
-    known = result.with_name("memory.json")
-    earlier = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-    sets = earlier.get(result.stem, {}).get("parts", {})
-    _add_finding("memory.json", result, entry, {"parts": {**sets, kit_set: found}}, command)
+    found = {"parts": scores_by_memory(kept_model(entry, work, inputs), dev, wanted, parts)}
+    _add_finding("memory.json", result, entry, found, command, f" {kit_set}")
 
 
 def add_merging(result: Path, parts: list[float], work: Path, inputs: Path, command: str) -> None:
@@ -211,12 +208,12 @@ def _dense_of(entry: dict) -> str:
     return f"{run_name(DENSE, entry['learning_rate'], entry['seed'])}.json"
 
 
-def _add_finding(name: str, result: Path, entry: dict, found: dict, command: str) -> None:
-    """Put what was found about a run into a file beside its result."""
+def _add_finding(name: str, result: Path, entry: dict, found: dict, command: str, about_what: str = "") -> None:
+    """Put what was found about a run, or about a part of it, into a file beside its result."""
     path = result.with_name(name)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     about = {"command": command, "commit": entry["commit"], "dense": Path(_dense_of(entry)).stem}
-    known[result.stem] = {**about, **found}
+    known[result.stem + about_what] = {**about, **found}
     write_text(path, json.dumps(known, indent=1) + "\n")
 
 
