@@ -36,6 +36,9 @@ LARGEST_GAP = 20.0
 # States that lie so near each other, against their own size, differ by rounding
 LEAST_SPREAD = 1e-4
 
+RIDGE = 1e-3  # part of the inputs' mean variance
+PRESERVED = -1  # in place of the number of an item
+
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
 
@@ -47,11 +50,15 @@ class LayerStart:
         layer: The sparse layer.
         largest_group: Load of the most loaded group over the mean group's; 1 is even.
         largest_expert: The same of experts.
+        preserved: Share of the preserved texts that open the first group; None where there are none.
+        others: Share of the other texts that open another group; None likewise.
     """
 
     layer: int
     largest_group: float
     largest_expert: float
+    preserved: float | None = None
+    others: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,21 @@ class Calibration:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{start.largest_group:.2f}x in layer {start.layer}" for start in self.layers)
-        return f"gates started from {self.texts} texts; largest group against the mean one: {shares}"
+        found = f"gates started from {self.texts} texts; largest group against the mean one: {shares}"
+        parted = [start for start in self.layers if start.preserved is not None]
+        if not parted:
+            return found
+        stay, leave = (min(cast(float, getattr(start, name)) for start in parted) for name in ("preserved", "others"))
+        return f"{found}; {stay:.1%} or more of the preserved texts open the first group, {leave:.1%} or more of the others do not"
 
 
 @torch.no_grad()
 def calibrate(
-    mixture: HagMoePreTrainedModel, tokenize: Tokenize, texts: Sequence[str | Sequence[str]], seed: int
+    mixture: HagMoePreTrainedModel,
+    tokenize: Tokenize,
+    texts: Sequence[str | Sequence[str]],
+    seed: int,
+    preserved: Sequence[str] = (),
 ) -> Calibration:
     """Set gates and balancing biases of every router from texts; all other weights stay.
 
@@ -83,6 +99,7 @@ def calibrate(
         texts: Items, each a text or several that belong together; at least `num_experts` different texts that are not
             empty. Of more than `MOST_TEXTS` texts those of randomly drawn items are taken.
         seed: Seed of that sample and of the clustering.
+        preserved: Texts for which the first group is, where the mixture preserves it: the others part `texts`.
 
     Raises:
         ValueError: `texts` is a single text, or holds something else than texts, or too few different ones.
@@ -92,6 +109,8 @@ def calibrate(
     if sum(map(len, items)) > MOST_TEXTS:
         items = [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
     kept = [(text, place) for place, item in enumerate(items) for text in item][:MOST_TEXTS]
+    drawn = torch.randperm(len(preserved), generator=generator)[:MOST_TEXTS].tolist()
+    kept += [(preserved[place], PRESERVED) for place in drawn]
     kept.sort(key=lambda text_and_item: len(text_and_item[0]))  # so little of a batch is padding
     item_N = torch.tensor([place for _, place in kept])
     inputs = _router_inputs(mixture, tokenize, [text for text, _ in kept], generator)
@@ -178,21 +197,32 @@ def _router_inputs(
     return seen
 
 
-def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator) -> tuple[float, float]:
-    """Set one router's gates and biases; the loads of its largest group and expert over the mean ones."""
+def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator) -> tuple[float | None, ...]:
+    """Set one router's gates and biases; what a `LayerStart` says of it."""
     pooled_ND, lengths_N = torch.cat(seen.pooled), torch.cat(seen.lengths)
     tokens_ND, owners_N = torch.cat(seen.tokens), torch.cat(seen.owners)
     config = router.config
     groups, per_group = config.n_group, config.experts_per_group
+    is_preserved_N = item_N == PRESERVED
+    stay = leave = None
     token_group_N = torch.zeros(len(tokens_ND), dtype=torch.long)
     if router.group_gate is not None:
         by_text = config.group_routing == "sequence"
         inputs_ND, weights_N = (pooled_ND, lengths_N) if by_text else (tokens_ND, torch.ones(len(tokens_ND)))
-        keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else None)
+        if is_preserved_N.any():  # only where groups are opened by text
+            others = ~is_preserved_N
+            keys_GD, bias_G = _gate(inputs_ND[others], weights_N[others], groups - 1, generator, item_N[others])
+            keys_GD = torch.cat([_parting_key(inputs_ND, is_preserved_N).unsqueeze(0), keys_GD])
+            bias_G = torch.cat([torch.zeros(1), bias_G])
+        else:
+            keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else None)
         router.group_gate.weight.copy_(keys_GD)
         cast(Tensor, router.group_bias).copy_(bias_G)
         chosen_N = _choose(inputs_ND, keys_GD, bias_G)
         token_group_N = chosen_N[owners_N] if by_text else chosen_N
+        if is_preserved_N.any():
+            stay = float((chosen_N[is_preserved_N] == 0).float().mean())
+            leave = float((chosen_N[~is_preserved_N] != 0).float().mean())
     expert_N = token_group_N
     if router.expert_gate is not None:
         gates = []
@@ -207,8 +237,23 @@ def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: 
             mine_N = token_group_N == group
             expert_N[mine_N] = group * per_group + _choose(tokens_ND[mine_N], keys_RD, bias_R)
     load_E = torch.bincount(expert_N, minlength=config.num_experts).float()
-    load_G = load_E.unflatten(0, (groups, -1)).sum(-1)
-    return float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean())
+    if is_preserved_N.any():  # how even the others are
+        load_E = load_E[per_group:]
+    load_G = load_E.unflatten(0, (-1, per_group)).sum(-1)
+    return float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean()), stay, leave
+
+
+def _parting_key(inputs_ND: Tensor, is_preserved_N: Tensor) -> Tensor:
+    """Weights (D,) of a logit that is far over 0 for preserved texts and far under 0 for others.
+
+    By least squares on +1 and -1, both kinds counting the same. Without an intercept: states have a large common part.
+    """
+    target_N = is_preserved_N.float() * 2 - 1
+    share = is_preserved_N.float().mean()
+    weight_N1 = torch.where(is_preserved_N, 0.5 / share, 0.5 / (1 - share)).unsqueeze(-1) / len(inputs_ND)
+    weighted_ND = inputs_ND * weight_N1
+    key_D = torch.linalg.solve(_steadied(inputs_ND.T @ weighted_ND, RIDGE), weighted_ND.T @ target_N)
+    return key_D * LARGEST_GAP / (inputs_ND @ key_D).abs().mean()
 
 
 def _gate(
@@ -310,9 +355,9 @@ def _constant_functional(centred_ND: Tensor, mean_D: Tensor) -> Tensor:
     return direction_D / (direction_D @ mean_D).clamp(min=1e-12)
 
 
-def _steadied(covariance_DD: Tensor) -> Tensor:
+def _steadied(covariance_DD: Tensor, part: float = 1e-2) -> Tensor:
     """A covariance with a little of the identity, so that it can be inverted however few the inputs."""
-    return covariance_DD + (1e-2 * covariance_DD.diagonal().mean() + 1e-12) * torch.eye(len(covariance_DD))
+    return covariance_DD + (part * covariance_DD.diagonal().mean() + 1e-12) * torch.eye(len(covariance_DD))
 
 
 def _scale_for(logits_NC: Tensor, confidence: float) -> float:

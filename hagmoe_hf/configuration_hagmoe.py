@@ -108,9 +108,10 @@ class HagMoeConfig(PreTrainedConfig):
         ngram_memory_size (`int`): N-grams for which a row is learned that is added to the embeddings where they end; 0 for
             no memory.
         ngram_memory_order (`int`): Tokens of the longest n-gram in the memory.
-        ngram_memory_scale (`float`): How many times as fast as other weights the rows of the rarest n-grams in the memory
-            learn under Adam; those of others by the root of their count more slowly. Less of it turns a trained memory
-            down, 0 turns it off.
+        ngram_memory_scale (`float`): How many times as fast as other weights the rows of the memory learn under Adam. Less
+            of it turns a trained memory down, 0 turns it off.
+        preserve_first_group (`bool`): Whether no gradient reaches the experts of the first group, which stay the parent's
+            while others learn; needs groups that are opened by text, one at a time.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 
@@ -198,7 +199,8 @@ class HagMoeConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int | None = None
     ngram_memory_size: int = 0
     ngram_memory_order: int = 4
-    ngram_memory_scale: float | int = 300.0
+    ngram_memory_scale: float | int = 100.0
+    preserve_first_group: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
 
@@ -377,6 +379,11 @@ class HagMoeConfig(PreTrainedConfig):
             self.topk_group,
             f"between 1 and n_group={self.n_group}",
         )
+        if self.preserve_first_group:
+            _require(self.n_group > 1, "n_group", self.n_group, "2 or more with preserve_first_group=True")
+            _require(self.topk_group == 1, "topk_group", self.topk_group, "1 with preserve_first_group=True")
+            by_text = self.group_routing == "sequence"
+            _require(by_text, "group_routing", self.group_routing, "'sequence' with preserve_first_group=True")
         open_experts = self.topk_group * self.experts_per_group
         _require(
             1 <= self.num_experts_per_tok <= open_experts,

@@ -187,8 +187,8 @@ class HagMoeEmbeddings(nn.Module):
 class HagMoeNgramMemory(nn.Module):
     """A row for every n-gram that is frequent in the user's texts, added to the embedding of the token where it ends.
 
-    Rows start at 0, and an n-gram that is not known adds nothing. A row's factor falls with the root of its n-gram's count,
-    so that rare ones learn faster than frequent ones: the rates of AdaGrad (Duchi et al. 2011), for an optimizer without.
+    Rows start at 0, and an n-gram that is not known adds nothing. One whose count is 0 is only the beginning of others: its
+    row stays 0.
 
     Source: n-gram embeddings, arXiv 2502.01637 (SCONE); a memory that is looked up instead of computed, arXiv 2412.09764.
     """
@@ -206,16 +206,12 @@ class HagMoeNgramMemory(nn.Module):
         """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
         # (order, B, L): all lengths at once, since a query's time goes into small operations
         found = torch.stack(ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced()))
-        states = (F.embedding(found, self.rows, padding_idx=0) * self.factors(found).unsqueeze(-1)).sum(dim=0)
+        found = found * (self.counts[(found - 1).clamp(min=0)] > 0)
+        states = F.embedding(found, self.rows, padding_idx=0).sum(dim=0)
         if not torch.is_grad_enabled():
             return states * self.config.ngram_memory_scale
         # Only forward: Adam divides by a gradient's size in any case, and the norm that it is clipped by must not grow
         return states + states.detach() * (self.config.ngram_memory_scale - 1)
-
-    def factors(self, rows: Tensor) -> Tensor:
-        """What these rows (...) int64 are multiplied with before the scale: 1 for the rarest n-grams', 0 for row 0."""
-        shares = self.counts.amin(dim=0) / self.counts[(rows - 1).clamp(min=0)]
-        return (shares.sqrt() * (rows > 0)).to(self.rows.dtype)
 
 
 class HagMoeRotaryEmbedding(nn.Module):
@@ -512,6 +508,8 @@ class HagMoeSparseMLP(nn.Module):
         super().__init__()
         self.router = HagMoeRouter(config)
         self.experts = HagMoeExperts(config)
+        # Of the first group, which no gradient reaches
+        self.preserved_experts = config.experts_per_group if config.preserve_first_group else 0
         self.experts.has_gate = config.gated_mlp  # type: ignore[assignment]
         self.experts.has_bias = config.mlp_bias  # type: ignore[assignment]
         # The flag makes the stock implementations understand expert id `num_experts` as "no expert": padding costs nothing
@@ -533,6 +531,9 @@ class HagMoeSparseMLP(nn.Module):
         routing = self.router(hidden_states, token_mask, packing)
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
         routed = run_experts(self.experts, flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
+        if self.preserved_experts and torch.is_grad_enabled():
+            is_preserved = (routing.expert_index < self.preserved_experts).view(*hidden_states.shape[:-1], -1).all(-1)
+            routed = torch.where(is_preserved.unsqueeze(-1), routed.detach(), routed)
         common = self.output_bias if self.shared_expert is None else self.shared_expert(hidden_states)
         output = routed if common is None else routed + common
         if self.training and self.routing_observer is not None:

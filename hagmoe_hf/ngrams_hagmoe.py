@@ -57,7 +57,13 @@ def _search_step_by_step(names: Tensor, wanted: Tensor) -> Tensor:
 
 
 def frequent_ngrams(
-    ids: Tensor, lengths: Tensor, left_out: list[int], most: int, order: int, least_count: int
+    ids: Tensor,
+    lengths: Tensor,
+    left_out: list[int],
+    most: int,
+    order: int,
+    least_count: int,
+    preserved: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Names and counts of the most frequent n-grams of some texts.
 
@@ -65,14 +71,18 @@ def frequent_ngrams(
         ids: (T,) int64.
         lengths: (texts,) int64, their tokens.
         left_out: Ids that are part of no n-gram, such as special tokens'.
-        most: Most names.
+        most: Most n-grams that are counted.
         order: Tokens of the longest n-gram.
         least_count: How often an n-gram occurs at least.
+        preserved: Ids and lengths of other texts; an n-gram that occurs in them is not counted.
 
     Returns:
-        Names (N,) int64, rising, and counts (N,) int64; N <= most. Of equally frequent n-grams shorter ones come first, so
-        each one's beginning is in.
+        Names (N,) int64, rising, and counts (N,) int64. Of equally frequent n-grams shorter ones come first. A count of 0
+        marks the beginning of an n-gram that is counted, named for its sake alone; without `preserved` there is none.
     """
+    other_ids, other_lengths = preserved or (ids[:0], lengths[:0])
+    is_own_T = torch.arange(len(ids) + len(other_ids)) < len(ids)
+    ids, lengths = torch.cat([ids, other_ids]), torch.cat([lengths, other_lengths])
     follows_T = torch.ones_like(ids, dtype=torch.bool)
     follows_T[(lengths.cumsum(0) - lengths)[lengths > 0]] = False
     is_part_T = ~torch.isin(ids, torch.tensor(left_out, dtype=torch.int64))
@@ -82,24 +92,30 @@ def frequent_ngrams(
     for n in range(1, order + 1):
         before_T = place_T if n == 1 else torch.where(follows_T, place_T.roll(1), -1)
         name_T = torch.where((before_T >= 0) & is_part_T, before_T * BASE + ids, -1)
-        names, inverse_T, count = name_T.unique(return_inverse=True, return_counts=True)
+        names, inverse_T = name_T.unique(return_inverse=True)
+        count = torch.bincount(inverse_T[is_own_T], minlength=len(names))
+        is_elsewhere = torch.bincount(inverse_T[~is_own_T], minlength=len(names)) > 0
         kept = (count >= least_count) & (names >= 0)
         place_T = torch.where(kept, kept.cumsum(0) - 1, -1)[inverse_T]
         candidates.append(names[kept])
-        counts.append(count[kept])
+        counts.append((count * ~is_elsewhere)[kept])
     sizes = [len(names) for names in candidates]
     all_counts = torch.cat(counts)
-    is_chosen = torch.zeros(sum(sizes), dtype=torch.bool)
-    is_chosen[all_counts.sort(descending=True, stable=True).indices[:most]] = True
+    is_counted = torch.zeros(sum(sizes), dtype=torch.bool)
+    is_counted[all_counts.sort(descending=True, stable=True).indices[:most]] = True
+    is_counted &= all_counts > 0
+    is_chosen = [mine.clone() for mine in is_counted.split(sizes)]
+    for shorter, longer, names in reversed(list(zip(is_chosen, is_chosen[1:], candidates[1:], strict=False))):
+        shorter[names[longer] // BASE] = True
     chosen: list[Tensor] = []
     row_before = torch.zeros(1, dtype=torch.int64)  # rows of the candidates of n - 1
     first_row = 1
-    for names, is_mine in zip(candidates, is_chosen.split(sizes), strict=True):
+    for names, is_mine in zip(candidates, is_chosen, strict=True):
         mine = names[is_mine]
         chosen.append(row_before[mine // BASE] * BASE + mine % BASE)
         row_before = torch.where(is_mine, is_mine.cumsum(0) - 1 + first_row, 0)
         first_row += len(mine)
-    return torch.cat(chosen), all_counts[is_chosen]
+    return torch.cat(chosen), (all_counts * is_counted)[torch.cat(is_chosen)]
 
 
 def spell_ngrams(names: Tensor) -> list[tuple[int, ...]]:

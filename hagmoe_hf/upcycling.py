@@ -123,6 +123,7 @@ def upcycle(
     calibration_texts: Iterable[str | Sequence[str]] | None = None,
     ngram_texts: Iterable[str | Sequence[str]] | None = None,
     ngram_memory_size: int = 65536,
+    preserved_texts: Iterable[str | Sequence[str]] | None = None,
     seed: int = 0,
     allow_key_mismatch: bool = False,
 ) -> Any:
@@ -153,6 +154,11 @@ def upcycle(
             n-grams get a memory, a row each, which learns fast: for texts like these, at some cost for others. Where None,
             there is no memory.
         ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product.
+        preserved_texts: Texts whose vectors are to stay the parent's while the mixture learns others, such as those in its
+            language while it learns more languages; some thousands. The first group becomes theirs: its gate starts from
+            them, and no gradient reaches its experts. N-grams that occur in them get no row in the memory. Everything else
+            that they pass is frozen (`requires_grad`), which leaves the memory and the other groups' experts to learn.
+            Needs `calibration_texts` or `ngram_texts`, those of the others. Where None, all may change.
         seed: Seed of the new routers' weights, and of the calibration.
         allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then
             stay random. A path or Hub id only.
@@ -178,6 +184,7 @@ def upcycle(
         "topk_group": topk_group,
         "group_routing": group_routing,
         "combine_rule": combine_rule,
+        "preserve_first_group": preserved_texts is not None,
     }
 
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
@@ -188,15 +195,25 @@ def upcycle(
     if not is_size:
         raise ValueError(f"ngram_memory_size={ngram_memory_size!r} is not possible; allowed: an integer of at least 1.")
 
-    counted = None if ngram_texts is None else _single_texts(_text_list("ngram_texts", ngram_texts))
+    counted = None if ngram_texts is None else _single_texts("ngram_texts", _text_list("ngram_texts", ngram_texts))
+    kept = None if preserved_texts is None else _single_texts("preserved_texts", _text_list("preserved_texts", preserved_texts))
+    if kept is not None:
+        texts = counted if texts is None else texts
+        if texts is None or not any(text.strip() for text in kept):
+            raise ValueError(
+                f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: texts "
+                "that are not empty, and those of the others in calibration_texts or ngram_texts."
+                if texts is None
+                else f"preserved_texts holds {len(kept)} texts that are all empty; allowed: texts whose vectors are to stay."
+            )
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
-        ngrams = None if counted is None else _frequent_ngrams(given, dense, counted, int(ngram_memory_size))
+        ngrams = None if counted is None else _frequent_ngrams(given, dense, counted, kept, int(ngram_memory_size))
         mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
         if ngrams is not None:
             give_memory(mixture, *ngrams)
         if texts is not None:
-            calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed)
+            calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed, kept or ())
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
         return mixture
 
@@ -207,13 +224,17 @@ def upcycle(
         parent = load_parent(parent, allow_key_mismatch)
         given = parent if sentence.is_sentence_model(parent) else given
     if isinstance(parent, PreTrainedModel):
-        return upcycle_model(parent)
-    if sentence.is_sentence_model(parent):
-        return _upcycle_sentence_model(parent, upcycle_model)
-    raise TypeError(
-        f"parent is a {type(parent).__name__}; allowed: a path or Hub id, a transformers model, a "
-        f"{', '.join(sentence.MODEL_TYPES)}."
-    )
+        result: Any = upcycle_model(parent)
+    elif sentence.is_sentence_model(parent):
+        result = _upcycle_sentence_model(parent, upcycle_model)
+    else:
+        raise TypeError(
+            f"parent is a {type(parent).__name__}; allowed: a path or Hub id, a transformers model, a "
+            f"{', '.join(sentence.MODEL_TYPES)}."
+        )
+    if kept is not None:
+        freeze_preserved(result)
+    return result
 
 
 def _text_list(argument: str, texts: Iterable[str | Sequence[str]]) -> list[str | Sequence[str]]:
@@ -222,37 +243,65 @@ def _text_list(argument: str, texts: Iterable[str | Sequence[str]]) -> list[str 
     return list(texts)
 
 
-def _single_texts(items: list[str | Sequence[str]]) -> list[str]:
+def _single_texts(argument: str, items: list[str | Sequence[str]]) -> list[str]:
     """All texts of items that are texts, or tuples or lists of texts."""
     texts = [text for item in items for text in (item if isinstance(item, list | tuple) else (item,))]
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(
-                f"ngram_texts holds {text!r} of type {type(text).__name__}; allowed: a list of texts, or of tuples of texts."
+                f"{argument} holds {text!r} of type {type(text).__name__}; allowed: a list of texts, or of tuples of texts."
             )
     return cast(list[str], texts)
 
 
-def _frequent_ngrams(given: Any, dense: PreTrainedModel, texts: list[str], most: int) -> tuple[Tensor, Tensor]:
-    """Names and counts of the most frequent n-grams of these texts."""
+def _frequent_ngrams(
+    given: Any, dense: PreTrainedModel, texts: list[str], preserved: list[str] | None, most: int
+) -> tuple[Tensor, Tensor]:
+    """Names and counts of the most frequent n-grams of these texts, without those that occur in preserved ones."""
     tokenizer = _tokenizer_of(given, "ngram_texts")
     longest = getattr(given, "max_seq_length", None) or dense.config.max_position_embeddings
-    ids: list[Tensor] = []
-    lengths: list[int] = []
-    for first in tqdm(range(0, len(texts), COUNTED_AT_ONCE), desc="Counting n-grams", leave=False):
-        encoded = tokenizer(texts[first : first + COUNTED_AT_ONCE], truncation=True, max_length=longest)["input_ids"]
-        lengths += map(len, encoded)
-        ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
-    ids_T = torch.cat([*ids, torch.empty(0, dtype=torch.int64)])
-    length_N = torch.tensor(lengths, dtype=torch.int64)
+
+    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
+        ids: list[Tensor] = []
+        lengths: list[int] = []
+        for first in tqdm(range(0, len(texts), COUNTED_AT_ONCE), desc="Counting n-grams", leave=False):
+            encoded = tokenizer(texts[first : first + COUNTED_AT_ONCE], truncation=True, max_length=longest)["input_ids"]
+            lengths += map(len, encoded)
+            ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
+        return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]), torch.tensor(lengths, dtype=torch.int64)
+
+    others = None if preserved is None else tokens(preserved)
     order = HagMoeConfig.ngram_memory_order
-    names, counts = frequent_ngrams(ids_T, length_N, tokenizer.all_special_ids, most, order, LEAST_COUNT)
+    names, counts = frequent_ngrams(*tokens(texts), tokenizer.all_special_ids, most, order, LEAST_COUNT, others)
     if not len(names):
         raise ValueError(
             f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "
             "will be trained on, or None for no memory."
+            if preserved is None
+            else f"ngram_texts holds {len(texts)} texts without an n-gram that occurs {LEAST_COUNT} times and never in "
+            f"the {len(preserved)} preserved_texts; allowed: texts of another kind than those, or None for no memory."
         )
     return names, counts
+
+
+def freeze_preserved(mixture: torch.nn.Module) -> None:
+    """Leave only the memory and the routed experts to learn; preserved texts pass none of them but those of the first group,
+    which no gradient reaches. A model that was loaded needs it again before it is trained on.
+
+    Args:
+        mixture: An encoder, one with a head, or a `SentenceTransformer` around one, with `preserve_first_group`.
+
+    Raises:
+        ValueError: It does not preserve its first group.
+    """
+    encoder: Any = next((module for module in mixture.modules() if isinstance(module, HagMoeModel)), None)
+    if encoder is None or not encoder.config.preserve_first_group:
+        raise ValueError(
+            f"preserve_first_group is not set in this {type(mixture).__name__}; allowed: mixtures that were upcycled with "
+            "preserved_texts."
+        )
+    for name, parameter in mixture.named_parameters():
+        parameter.requires_grad_(".experts." in name or name.endswith("ngram_memory.rows"))
 
 
 def give_memory(mixture: HagMoePreTrainedModel, names: Tensor, counts: Tensor) -> None:
@@ -273,7 +322,8 @@ def give_memory(mixture: HagMoePreTrainedModel, names: Tensor, counts: Tensor) -
     if report := getattr(mixture, "upcycling_report", None):
         rows = ("ngram_memory.rows", memory.rows.numel())
         total = mixture.num_parameters()
-        mixture.upcycling_report = replace(report, new=(*report.new, rows), total_parameters=total, ngrams=len(names))
+        known = int((counts > 0).sum())
+        mixture.upcycling_report = replace(report, new=(*report.new, rows), total_parameters=total, ngrams=known)
 
 
 def _tokenizer_of(given: Any, argument: str) -> Any:

@@ -145,16 +145,31 @@ def test_a_memory_can_be_turned_off_for_good(tmp_path):
     assert torch.equal(again(text).last_hidden_state, model(text).last_hidden_state)
 
 
-@torch.no_grad()
-def test_a_frequent_ngram_moves_its_tokens_less_than_a_rare_one():
-    """Rows of words that all texts share would carry what one domain taught into the others."""
+def test_what_is_only_the_beginning_of_others_adds_nothing_and_learns_nothing():
+    """Its texts are to stay as they are."""
     model = with_memory(ngram_memory_scale=2.0)
     memory = model.ngram_memory
-    memory.rows.fill_(1.0)
-    place = int((memory.counts == 4).nonzero()[0])
-    (first, *_), follows = spell_ngrams(memory.names)[place], torch.zeros(1, 1, dtype=torch.bool)
-    moved = memory(torch.tensor([[first]]), follows)
-    torch.testing.assert_close(moved, torch.full_like(moved, 2.0 / 4**0.5))
+    memory.rows.data[1:] = 1.0
+    memory.counts[1] = 0
+    learned, silent = spell_ngrams(memory.names)[0], spell_ngrams(memory.names)[1]
+    assert len(learned) == len(silent) == 1
+    moved = memory(torch.tensor([[*learned, *silent]]), torch.zeros(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(moved[0], torch.tensor([2.0, 0.0]).unsqueeze(-1).expand(-1, moved.shape[-1]))
+    moved.sum().backward()
+    assert memory.rows.grad[1].ne(0).all() and memory.rows.grad[[0, 2]].eq(0).all()
+
+
+@given(texts=TEXTS, preserved=TEXTS, most=st.integers(1, 30), least_count=st.integers(1, 3))
+def test_no_ngram_of_preserved_texts_is_counted(texts, preserved, most, least_count):
+    """A row for one would move the texts that are to stay."""
+    elsewhere = count(preserved, 3)
+    counts = {n: number for n, number in count(texts, 3).items() if number >= least_count and n not in elsewhere}
+    names, found_counts = frequent_ngrams(*flat(texts), [-1], most, 3, least_count, flat(preserved))
+    spelled = spell_ngrams(names)
+    kept = {ngram: number for ngram, number in zip(spelled, found_counts.tolist(), strict=True) if number}
+    assert kept.items() <= counts.items() and len(kept) == min(most, len(counts))
+    assert sorted(kept.values(), reverse=True) == sorted(counts.values(), reverse=True)[:most]
+    assert set(spelled) == {ngram[:n] for ngram in kept for n in range(1, len(ngram) + 1)}
 
 
 def found(model: HagMoeModel, text: list[int]) -> list[list[int]]:

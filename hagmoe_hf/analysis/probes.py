@@ -65,9 +65,7 @@ def strongest_ngrams(model: "SentenceTransformer", most: int = 40) -> list[Learn
     memory = cast(HagMoeModel, sentence.encoder_of(model)).ngram_memory
     if memory is None:
         return []
-    lengths = memory.rows[1:].float().norm(dim=-1)
-    rows = torch.arange(1, len(memory.rows), device=memory.rows.device)
-    shifts = lengths * memory.factors(rows) * memory.config.ngram_memory_scale
+    shifts = memory.rows[1:].float().norm(dim=-1) * memory.config.ngram_memory_scale
     order = shifts.sort(descending=True, stable=True).indices[:most].tolist()
     spelled = spell_ngrams(memory.names)
     return [

@@ -33,6 +33,7 @@ class Arm:
         memory: Most n-grams of the training pairs in an n-gram memory; 0 for none.
         memory_order: Tokens of the longest of them.
         memory_scale: How many times as fast as the learning rate the memory learns.
+        preserved: Language whose texts keep the parent's experts, while only memory and other experts learn; "" for none.
     """
 
     name: str
@@ -56,7 +57,8 @@ class Arm:
     mixed_batches: bool = False
     memory: int = 0
     memory_order: int = 4
-    memory_scale: float = 300.0
+    memory_scale: float = 100.0
+    preserved: str = ""
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
@@ -106,6 +108,18 @@ SUBJECT = Arm(
     branches=True,
 )
 
+
+# The parent's blocks whole: one for English, others for other languages
+HOME: Mapping[str, Any] = {"sparse_layers": [0, 1, 2, 3, 4, 5], "shared_expert_fraction": 0.0}
+LANGUAGES = Arm(
+    "hag-languages",
+    "English keeps the parent's experts, a second group learns other languages, with a memory of their n-grams",
+    upcycling={**HOME, "n_group": 2, "num_experts": 2},
+    balancing=None,
+    expert_rate=2.0,
+    memory=65536,
+    preserved="en",
+)
 
 MEMORY: Mapping[str, Any] = {"memory": 65536, "balancing": None}
 
@@ -204,6 +218,25 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             about="the default, gates from pairs, and a memory",
             paired=True,
             memory=65536,
+        ),
+    ),
+    # An English parent learns other languages
+    6: (
+        DENSE,
+        replace(DENSE, name="dense-x2", about="the same at twice the rate", shared_rate=2.0),
+        LANGUAGES,
+        replace(
+            LANGUAGES,
+            name="hag-three-groups",
+            about="the same, three groups for other languages",
+            upcycling={**HOME, "n_group": 4, "num_experts": 4},
+        ),
+        replace(LANGUAGES, name="hag-languages-experts", about="the same without a memory", memory=0),
+        replace(
+            LANGUAGES,
+            name="memory-languages",
+            about="the parent with a memory alone, of n-grams that English does not have",
+            upcycling={"sparse_layers": []},
         ),
     ),
 }

@@ -23,6 +23,9 @@ class Budget:
         follows: Name of the budget whose kept runs this one goes on from, with other batches and a new optimizer; "" where
             a run starts from the parent.
         left_out: Domains of which nothing is trained on; their held-out pairs tell what training costs elsewhere.
+        left_out_languages: Likewise.
+        translated: Domains of translations from English: of both texts of such a pair the target is the parent's vector of
+            the English one.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Budget:
     bfloat16: bool = False
     follows: str = ""
     left_out: tuple[str, ...] = ()
+    left_out_languages: tuple[str, ...] = ()
+    translated: tuple[str, ...] = ()
 
     @property
     def pairs_before(self) -> int:
@@ -49,6 +54,7 @@ class Budget:
         return before.pairs_before + before.steps * before.batch_size
 
 
+TRANSLATED = ("software-bitext", "ui-bitext")  # English anchors, positives in other languages
 # Domains that the parent knows well and badly, of many kinds of text
 LEFT_OUT = ("code", "cooking", "encyclopedia", "security", "sysadmin-docs")
 
@@ -69,6 +75,10 @@ BUDGETS = {
         Budget("branch", 750, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, follows="medium"),
         # For a CPU: what does training cost in domains of which it saw nothing?
         Budget("left-out", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, left_out=LEFT_OUT),
+        # For a CPU: an English parent learns other languages; what does it cost in English?
+        Budget(
+            "languages", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, left_out_languages=("en",), translated=TRANSLATED
+        ),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

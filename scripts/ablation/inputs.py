@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ablation.budgets import Budget
+from ablation.budgets import TRANSLATED, Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
 from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.files import new_folder
@@ -27,7 +27,7 @@ from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
 from hagmoe_hf.upcycling import CALIBRATION_LENGTH, LEAST_COUNT
 
 COLUMNS = ("anchor", "positive")
-DEV_ROWS, CALIBRATION_ROWS = 200, 300  # per domain, at most
+DEV_ROWS, CALIBRATION_ROWS = 200, 600  # per domain, at most
 BUCKET = 8  # batches whose rows are sorted by length before they are cut, so that little of a batch is padding
 
 
@@ -54,13 +54,23 @@ class Pairs:
         columns: Anchors and positives.
         domains: Names.
         first_rows: (domains + 1,) where each domain begins.
+        languages: (pairs,) code of each pair's language; that of the positive in a domain of translations from English.
         pad_id: Of the tokenizer.
     """
 
     columns: tuple[Texts, Texts]
     domains: tuple[str, ...]
     first_rows: np.ndarray
+    languages: np.ndarray
     pad_id: int
+
+    def rows_of(self, domain: int, budget: Budget) -> np.ndarray:
+        """Numbers of a domain's pairs that may be trained on."""
+        rows = np.arange(*self.first_rows[domain : domain + 2])
+        if self.domains[domain] in budget.left_out:
+            return rows[:0]
+        is_translated = self.domains[domain] in budget.translated  # its pairs are in two languages
+        return rows if is_translated else rows[~np.isin(self.languages[rows], budget.left_out_languages)]
 
     def features(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
         """Model inputs of both columns for (B,) rows, each padded to its longest text."""
@@ -137,6 +147,7 @@ def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
         ids = tokenizer(list(rows[column]), truncation=True, max_length=max_length)["input_ids"]
         arrays[f"{column}_ids"] = np.concatenate(ids).astype(small)
         arrays[f"{column}_lengths"] = np.array([len(text) for text in ids], dtype=np.uint16)
+    arrays["languages"] = rows.lang.to_numpy(dtype="U8")
     path.parent.mkdir(exist_ok=True)
     np.savez_compressed(path, **arrays)
 
@@ -145,6 +156,7 @@ def load_pairs(folder: Path, split: str, max_length: int, device: str, most_rows
     """The pairs of a split, on the device, cut to `max_length` tokens (the closing token stays the last)."""
     paths = sorted((folder / split).glob("*.npz"))
     columns = []
+    languages = [np.load(path)["languages"][:most_rows] for path in paths]
     for column in COLUMNS:
         ids, lengths = [], []
         for path in paths:
@@ -157,7 +169,8 @@ def load_pairs(folder: Path, split: str, max_length: int, device: str, most_rows
         columns.append(Texts(torch.from_numpy(np.concatenate(ids)).to(device), offsets, length))
     first_rows = np.cumsum([0, *map(len, lengths)])
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return Pairs((columns[0], columns[1]), tuple(path.stem for path in paths), first_rows, manifest["pad_id"])
+    domains = tuple(path.stem for path in paths)
+    return Pairs((columns[0], columns[1]), domains, first_rows, np.concatenate(languages), manifest["pad_id"])
 
 
 def _cut(ids: np.ndarray, lengths: np.ndarray, max_length: int, most_rows: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -190,52 +203,88 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
 
 
 @lru_cache
-def training_ngrams(folder: Path, most: int, order: int) -> tuple[Tensor, Tensor]:
-    """Names and counts of the most frequent n-grams of all training pairs, as `upcycle` counts them."""
+def training_ngrams(folder: Path, most: int, order: int, preserved: str = "") -> tuple[Tensor, Tensor]:
+    """Names and counts of the most frequent n-grams of all training pairs, as `upcycle` counts them.
+
+    Args:
+        folder: That `prepare` made.
+        most: Most n-grams.
+        order: Tokens of the longest.
+        preserved: Language whose texts are to stay as they are; "" for none.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
-    ids_T = torch.cat([texts.ids.long() for texts in pairs.columns])
-    lengths = torch.from_numpy(np.concatenate([texts.lengths for texts in pairs.columns]))
-    return frequent_ngrams(ids_T, lengths, tokenizer.all_special_ids, most, order, LEAST_COUNT)
+    own, others = [], []
+    for texts, languages in zip(pairs.columns, languages_of_columns(pairs), strict=True):
+        length_N = torch.from_numpy(texts.lengths)
+        is_other_N = torch.from_numpy(languages == preserved)
+        is_other_T = torch.repeat_interleave(is_other_N, length_N)
+        own.append((texts.ids[~is_other_T].long(), length_N[~is_other_N]))
+        others.append((texts.ids[is_other_T].long(), length_N[is_other_N]))
+    ids_T, length_N = (torch.cat(parts) for parts in zip(*own, strict=True))
+    kept_ids_T, kept_length_N = (torch.cat(parts) for parts in zip(*others, strict=True))
+    special = tokenizer.all_special_ids
+    return frequent_ngrams(ids_T, length_N, special, most, order, LEAST_COUNT, (kept_ids_T, kept_length_N))
+
+
+def languages_of_columns(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs,) the languages of anchors, which are English where the positives translate them, and those of positives."""
+    anchors = pairs.languages.copy()
+    for domain, name in enumerate(pairs.domains):
+        if name in TRANSLATED:
+            anchors[slice(*pairs.first_rows[domain : domain + 2])] = "en"
+    return anchors, pairs.languages
+
+
+def texts_by_language(folder: Path, language: str) -> tuple[list[str], list[str]]:
+    """Texts for calibration: those in a language, and those in others."""
+    own: list[str] = []
+    others: list[str] = []
+    for path in sorted((folder / "calibration").glob("*.json")):
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        positives = np.load(folder / "train" / f"{path.stem}.npz")["languages"][: len(texts) // 2]
+        anchors = np.full_like(positives, "en") if path.stem in TRANSLATED else positives
+        for text, its_language in zip(texts, [*anchors, *positives], strict=True):
+            (own if its_language == language else others).append(text)
+    return own, others
 
 
 def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:
     """The rows of every step, the same for every arm: a function of data, budget, seed, and whether batches are mixed.
 
-    Domains come by weight n^(1/T), those left out never. Each goes through its rows in a random order, and starts again when
+    Domains come by weight n^(1/T), what is left out never. Each goes through its rows in a random order, and starts again when
     it is used up.
     """
     random = np.random.default_rng([seed, int(mixed)])
-    sizes = np.diff(pairs.first_rows)
-    weights = sizes ** (1 / budget.temperature) * [domain not in budget.left_out for domain in pairs.domains]
+    rows_of = [pairs.rows_of(domain, budget) for domain in range(len(pairs.domains))]
+    sizes = np.array(list(map(len, rows_of)))
+    weights = sizes ** (1 / budget.temperature)
     draws = budget.steps * (budget.batch_size if mixed else 1)
     turns = random.choice(len(sizes), size=draws, p=weights / weights.sum())
     if not mixed:
-        streams = [_batches(pairs, domain, budget.batch_size, seed) for domain in range(len(sizes))]
+        streams = [_batches(pairs, rows_of[domain], [seed, domain], budget.batch_size) for domain in range(len(sizes))]
         return [next(streams[domain]) for domain in turns]
     rows = np.empty(draws, dtype=np.int64)
     for domain in range(len(sizes)):
         mine = np.flatnonzero(turns == domain)
-        rows[mine] = _order(pairs, domain, len(mine), seed)
+        rows[mine] = _order(rows_of[domain], [seed, domain], len(mine))
     return list(rows.reshape(budget.steps, budget.batch_size))
 
 
-def _order(pairs: Pairs, domain: int, wanted: int, seed: int) -> np.ndarray:
-    """The first `wanted` rows of one domain, pass after pass, each in an order of its own."""
-    first, size = pairs.first_rows[domain], np.diff(pairs.first_rows)[domain]
-    passes = range(-(-wanted // size))
-    orders = [np.random.default_rng([seed, domain, turn]).permutation(size) for turn in passes]
-    return first + np.concatenate([*orders, np.empty(0, dtype=np.int64)])[:wanted]
+def _order(rows: np.ndarray, seeds: list[int], wanted: int) -> np.ndarray:
+    """The first `wanted` of a domain's rows, pass after pass, each in an order of its own."""
+    passes = range(-(-wanted // max(1, len(rows))))
+    orders = [rows[np.random.default_rng([*seeds, turn]).permutation(len(rows))] for turn in passes]
+    return np.concatenate([*orders, np.empty(0, dtype=np.int64)])[:wanted]
 
 
-def _batches(pairs: Pairs, domain: int, batch_size: int, seed: int):
-    """Batches of one domain without end: within a few batches' rows, those of about the same length go together."""
+def _batches(pairs: Pairs, rows: np.ndarray, seeds: list[int], batch_size: int):
+    """Batches of a domain's rows without end: within a few batches' rows, those of about the same length go together."""
     lengths = pairs.columns[0].lengths + pairs.columns[1].lengths
-    first, size = pairs.first_rows[domain], np.diff(pairs.first_rows)[domain]
     turn = 0
     while True:
-        random = np.random.default_rng([seed, domain, turn])
-        order = first + random.permutation(size)
+        random = np.random.default_rng([*seeds, turn])
+        order = rows[random.permutation(len(rows))]
         for window in _windows(order, batch_size):
             by_length = window[np.argsort(lengths[window], kind="stable")]
             cuts = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]

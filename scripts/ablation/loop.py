@@ -29,6 +29,7 @@ from ablation.scoring import dev_scores
 from hagmoe_hf import sentence
 from hagmoe_hf.training.router_callback import RouterCallback
 
+IMITATION = 5.0  # weight of a translation's distance from its target, 1 - cosine
 SCALE = 20.0  # of cosines, as in MultipleNegativesRankingLoss
 LARGEST_GRADIENT = 1.0
 CHECKPOINT_SECONDS = 120
@@ -37,6 +38,8 @@ clock = time.monotonic
 
 class Contrastive(nn.Module):
     """In-batch InfoNCE over cosines, and on request the parent's similarities as a second target.
+
+    Translations have the parent's vector of the English text as the target of both texts.
 
     Args:
         model: The model to train.
@@ -52,16 +55,34 @@ class Contrastive(nn.Module):
         """A scalar for the features of anchors and positives."""
         logits = self.similarities(self.model, features)
         loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-        if self.parent is not None:
+        if self.weight and self.parent is not None:
             with torch.no_grad():
                 target = self.similarities(self.parent, features).log_softmax(-1)
             loss = loss + self.weight * F.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
         return loss
 
+    def translations(self, features: list[dict[str, Tensor]]) -> Tensor:
+        """A scalar for the features of English texts and of their translations, whose target is the parent's vector.
+
+        Source: multilingual distillation, arXiv 2004.09813, with in-batch InfoNCE towards the targets beside it.
+        """
+        with torch.no_grad():
+            target_BD = self.vectors(self.parent, features[0])
+        english_BD, other_BD = (self.vectors(self.model, part) for part in features)
+        logits = SCALE * other_BD @ target_BD.T
+        loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+        return loss + IMITATION * sum(1 - (student * target_BD).sum(-1).mean() for student in (english_BD, other_BD))
+
     def similarities(self, model: SentenceTransformer, features: list[dict[str, Tensor]]) -> Tensor:
         """(B, B) scaled cosines, under autocast in its dtype, as in MultipleNegativesRankingLoss."""
-        anchors, positives = (F.normalize(model(dict(part))["sentence_embedding"].float(), dim=-1) for part in features)
+        anchors, positives = (self.vectors(model, part) for part in features)
         return SCALE * anchors @ positives.T
+
+    @staticmethod
+    def vectors(model: SentenceTransformer | None, features: dict[str, Tensor]) -> Tensor:
+        """(B, D) of length 1."""
+        assert model is not None
+        return F.normalize(model(dict(features))["sentence_embedding"].float(), dim=-1)
 
 
 @dataclass
@@ -124,7 +145,8 @@ class Trainee:
         arm = setting.arm
         groups = parameter_groups(model, arm)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
-        parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if arm.distillation else None
+        imitates = bool(arm.distillation or setting.budget.translated)
+        parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if imitates else None
         self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), arm.distillation)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.average = [parameter.detach().clone() for parameter in self.trained] if arm.average else []
@@ -156,7 +178,9 @@ class Trainee:
             for router in self.routers:
                 router.expert = experts
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.budget.bfloat16):
-            loss = self.loss(pairs.features(rows))
+            features = pairs.features(rows)
+            domain = pairs.domains[np.searchsorted(pairs.first_rows, rows[0], side="right") - 1]
+            loss = self.loss.translations(features) if domain in setting.budget.translated else self.loss(features)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
         self.optimizer.step()

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from ablation.arms import Arm
-from ablation.inputs import training_ngrams
+from ablation.inputs import texts_by_language, training_ngrams
 from ablation.routers import fix_routing, start_subjects
 from hagmoe_hf import sentence, upcycle
-from hagmoe_hf.upcycling import give_memory
+from hagmoe_hf.upcycling import freeze_preserved, give_memory
 
 NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
 
@@ -31,11 +31,17 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         return _with_encoder(dense, widened(sentence.encoder_of(dense), default_total(dense), seed))
     if arm.kind == "dense" or arm.dense_share:
         return prepared(dense)
-    model = mixture(arm, dense, calibration_pairs, seed)
+    if arm.preserved:
+        own, others = texts_by_language(parent.parent, arm.preserved)
+        model = upcycle(dense, seed=seed, calibration_texts=others, preserved_texts=own, **arm.upcycling)
+    else:
+        model = mixture(arm, dense, calibration_pairs, seed)
     if arm.memory:
         encoder = sentence.encoder_of(model)
         encoder.config.ngram_memory_scale = arm.memory_scale
-        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order))
+        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved))
+    if arm.preserved:
+        freeze_preserved(model)
     return model
 
 
