@@ -198,13 +198,14 @@ def upcycle(
     counted = None if ngram_texts is None else _single_texts("ngram_texts", _text_list("ngram_texts", ngram_texts))
     kept = None if preserved_texts is None else _single_texts("preserved_texts", _text_list("preserved_texts", preserved_texts))
     if kept is not None:
+        kept = [text for text in kept if text.strip()]
+        if not kept:
+            raise ValueError("preserved_texts holds no text that is not empty; allowed: texts whose vectors are to stay.")
         texts = counted if texts is None else texts
-        if texts is None or not any(text.strip() for text in kept):
+        if texts is None:
             raise ValueError(
-                f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: texts "
-                "that are not empty, and those of the others in calibration_texts or ngram_texts."
-                if texts is None
-                else f"preserved_texts holds {len(kept)} texts that are all empty; allowed: texts whose vectors are to stay."
+                f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: texts of "
+                "the others in one of these."
             )
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
@@ -246,11 +247,15 @@ def _text_list(argument: str, texts: Iterable[str | Sequence[str]]) -> list[str 
 def _single_texts(argument: str, items: list[str | Sequence[str]]) -> list[str]:
     """All texts of items that are texts, or tuples or lists of texts."""
     texts = [text for item in items for text in (item if isinstance(item, list | tuple) else (item,))]
-    for text in texts:
+    for place, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
                 f"{argument} holds {text!r} of type {type(text).__name__}; allowed: a list of texts, or of tuples of texts."
             )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {place} of {argument} is not UTF-8 ({error.reason}); allowed: texts.") from error
     return cast(list[str], texts)
 
 

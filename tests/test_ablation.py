@@ -29,6 +29,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from hagmoe_hf import sentence
 from hagmoe_hf.demo import read_corpus
+from hagmoe_hf.training.losses import TranslationLoss
 
 ROOT = Path(__file__).parents[1]
 ARMS = {arm.name: arm for table_arms in TABLES.values() for arm in table_arms}
@@ -62,7 +63,8 @@ def prepared(tmp_path_factory, tiny_parent) -> Path:
     for row in rows[::8]:
         row["split"] = "dev"
     rows += [{"domain": "code", "anchor": row["text"], "positive": "leak", "split": "train"} for row in corpus[:3]]
-    pd.DataFrame(rows).assign(lang="en").to_parquet(folder / "pairs.parquet")
+    languages = ["xx" if row["domain"] == "lexical" and i % 4 else "en" for i, row in enumerate(rows)]
+    pd.DataFrame(rows).assign(lang=languages).to_parquet(folder / "pairs.parquet")
     inputs.prepare(folder / "pairs.parquet", kit, tiny_parent, folder / "inputs", 24, None, seed=0)
     return folder / "inputs"
 
@@ -124,6 +126,38 @@ def test_every_arm_sees_the_same_batches(pairs, mixed):
     domains = [len(np.unique(np.searchsorted(pairs.first_rows, rows, side="right"))) for rows in one]
     assert all(len(np.unique(rows)) == TINY_BUDGET.batch_size for rows in one)
     assert max(domains) > 1 if mixed else set(domains) == {1}
+
+
+def test_no_pair_in_a_language_that_is_left_out_is_trained_on(pairs):
+    """But for translations from it, which are in two languages."""
+    budget = dataclasses.replace(TINY_BUDGET, steps=60, left_out_languages=("en",), translated=("software",))
+    for mixed in (False, True):
+        drawn = np.unique(np.concatenate(inputs.plan(pairs, budget, 0, mixed)))
+        domains = np.array(pairs.domains)[np.searchsorted(pairs.first_rows, drawn, side="right") - 1]
+        assert set(domains) == {"lexical", "software"}
+        assert set(pairs.languages[drawn[domains == "lexical"]]) == {"xx"}
+        assert len(drawn[domains == "lexical"]) == (pairs.languages == "xx").sum()
+
+
+def test_translations_are_learned_as_users_learn_them(prepared, pairs):
+    """An arm's loss is that of `hagmoe train --loss translation`, with the parent as the teacher."""
+    parent = sentence.load(str(prepared / "parent"), device="cpu").eval()
+    model = model_of(HAG, prepared)
+    features = pairs.features(np.arange(6))
+    labels = loop.Contrastive.vectors(parent, features[0]).unsqueeze(1)
+    found = loop.Contrastive(model, parent).translations(features)
+    torch.testing.assert_close(found, TranslationLoss(model)(features, labels))
+
+
+def test_a_run_on_translations_moves_what_may_learn(prepared, pairs, dev, tmp_path):
+    arm = dataclasses.replace(ARMS["hag-languages"], memory=40)
+    budget = {"left_out_languages": ("en",), "translated": ("software",)}
+    model = trained(arm, prepared, pairs, dev, tmp_path, **budget)[1]
+    before = model_of(arm, prepared).state_dict()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.endswith("ngram_memory.rows") for name in moved)
+    assert any(".experts." in name for name in moved)
+    assert all(".experts." in name or name.endswith("ngram_memory.rows") for name in moved)
 
 
 def test_a_domain_gives_every_row_before_it_repeats_one(pairs):

@@ -55,6 +55,12 @@ def test_gates_start_from_a_file_of_texts(tmp_path, monkeypatch, capsys):
     assert hagmoe("upcycle", parent, tmp_path / "memory", *words, monkeypatch=monkeypatch) == 0
     assert "n-gram memory: 50 n-grams" in capsys.readouterr().out
     assert json.loads((tmp_path / "memory/config.json").read_text())["ngram_memory_size"] == 50
+    stay = tmp_path / "stay.txt"
+    stay.write_text("\n".join(demo.read_corpus()[0][30:60]), encoding="utf-8")
+    words = ("--calibration-texts", texts, "--preserved-texts", stay)
+    assert hagmoe("upcycle", parent, tmp_path / "stays", *words, monkeypatch=monkeypatch) == 0
+    assert "of the preserved texts open the first group" in capsys.readouterr().out
+    assert json.loads((tmp_path / "stays/config.json").read_text())["preserve_first_group"] is True
 
 
 def test_a_plain_transformers_folder_keeps_its_tokenizer(tmp_path, monkeypatch):

@@ -48,6 +48,27 @@ def test_every_named_loss_teaches_every_part_of_the_mixture(name, dims, model, r
         assert any(part in name for name in trained), part
 
 
+def test_texts_and_translations_are_drawn_to_the_teachers_vectors_of_the_texts(model, tiny_parent, rows):
+    """The other way round, a teacher that lacks a language would teach it."""
+    teacher = sentence.load(str(tiny_parent), device="cpu")
+    texts = [row["anchor"] for row in rows]
+    data = DatasetDict(a=Dataset.from_dict({"anchor": texts, "positive": [row["positive"] for row in rows]}))
+    labels = torch.tensor(with_teacher_vectors(data, teacher, "translation", 32, batch_size=3)["a"]["label"])
+    assert labels.shape == (8, 1, 32)
+    model.eval()
+    same = [{"anchor": text, "positive": text} for text in texts]
+    only_distance = build_loss("translation", model, {"scale": 1e-9, "imitation": 1.0})
+    chance = torch.log(torch.tensor(8.0))
+    assert float(loss_of(only_distance, model, LOSSES["translation"], same, labels) - chance) == pytest.approx(0, abs=1e-5)
+    apart = float(loss_of(only_distance, model, LOSSES["translation"], rows, labels) - chance)
+    vectors = teacher.encode([row["positive"] for row in rows], normalize_embeddings=True)
+    targets = teacher.encode(texts, normalize_embeddings=True)
+    assert apart == pytest.approx(1 - float((vectors * targets).sum(1).mean()), abs=1e-5)
+    told_apart = build_loss("translation", model, {"imitation": 0.0})
+    expected = torch.nn.functional.cross_entropy(20 * torch.from_numpy(vectors @ targets.T), torch.arange(8))
+    assert float(loss_of(told_apart, model, LOSSES["translation"], rows, labels)) == pytest.approx(float(expected), abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["distill_mse", "distill_kl"])
 def test_a_students_loss_is_zero_exactly_where_it_agrees_with_its_teacher(name, model, rows, tiny_parent):
     """At step 0 an upcycled student is its teacher; a loss that is not 0 there compares the wrong things."""

@@ -381,3 +381,24 @@ def test_a_memory_knows_the_training_texts_and_learns(tmp_path, tiny_parent, pai
     learned = encoder.ngram_memory.rows.abs().sum(dim=-1) > 0
     assert not learned[0], "row 0 stands for all that is unknown"
     assert learned[1:].float().mean() > 0.5
+
+
+def test_translations_are_learned_while_texts_keep_their_vectors(tmp_path, tiny_parent, corpus):
+    """One command teaches a parent what it lacks, and leaves the first column's kind of text as it was."""
+    rows = [(text, " ".join(reversed(text.split())).upper()) for text in corpus[:80]]
+    file = tmp_path / "translations.tsv"
+    file.write_text("\n".join(["anchor\tpositive", *("\t".join(row) for row in rows)]) + "\n", encoding="utf-8")
+    options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 100, "n_group": 2, "num_experts": 2}
+    train([*words(tmp_path / "out", tiny_parent, file, **options), "--preserve"])
+    encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")
+    assert encoder.config.preserve_first_group
+    assert torch.equal(encoder.embeddings.word_embeddings.weight, parent[0].model.embeddings.word_embeddings.weight)
+    experts = encoder.layers[encoder.config.sparse_layers[0]].mlp.experts.up_proj
+    assert not torch.equal(experts[0], experts[1])
+
+
+def test_weight_decay_would_change_what_is_preserved(tmp_path, tiny_parent, pairs_file):
+    line = words(tmp_path / "out", tiny_parent, pairs_file, weight_decay=0.01, n_group=2, num_experts=2)
+    with pytest.raises(ValueError, match=r"weight_decay=0.01 would shrink .*allowed: 0"):
+        train([*line, "--preserve"])

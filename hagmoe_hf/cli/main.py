@@ -87,6 +87,10 @@ def upcycle(
         typer.Option(help="UTF-8 file of all texts to train on, as above: their frequent n-grams get a memory."),
     ] = None,
     ngram_memory_size: Annotated[int, typer.Option(help="Most n-grams in that memory.", min=1)] = 65536,
+    preserved_texts: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 file of texts, one per line, whose vectors are to stay while the mixture learns others."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new routers.", min=0, max=2**32 - 1)] = 0,
     allow_key_mismatch: Annotated[
         bool, typer.Option("--allow-key-mismatch", help="Go on where weights are missing or left over.")
@@ -107,6 +111,7 @@ def upcycle(
             calibration_texts=None if calibration_texts is None else _items(calibration_texts),
             ngram_texts=None if ngram_texts is None else _items(ngram_texts),
             ngram_memory_size=ngram_memory_size,
+            preserved_texts=None if preserved_texts is None else _items(preserved_texts),
             seed=seed,
             allow_key_mismatch=allow_key_mismatch,
         )

@@ -91,6 +91,14 @@ class TrainOptions:
         default=0, metadata=_help("Upcycling: so many n-grams that are frequent in train_data get a memory; 0 for none.")
     )
 
+    preserve: bool = field(
+        default=False,
+        metadata=_help(
+            "Upcycling: texts like those of the first column keep the parent's vectors, what is learned of the other columns "
+            "goes into other groups and the memory."
+        ),
+    )
+
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
     bias_update_rate: float | None = field(
         default=None, metadata=_help("Step of the balancing bias; RouterCallback's own where not given.")
@@ -152,6 +160,10 @@ class TrainOptions:
             _require(False, "calibration_rows", self.calibration_rows, "0 with objective='mlm'")
         if self.ngram_memory_size and self.objective == "mlm":
             _require(False, "ngram_memory_size", self.ngram_memory_size, "0 with objective='mlm'")
+        if self.preserve:
+            _require(self.objective == "embedding", "preserve", self.preserve, "False with objective='mlm'")
+            _require(not self.lora_rank, "lora_rank", self.lora_rank, "0 with preserve, whose texts pass what adapters change")
+            _require(self.curriculum is None, "curriculum", self.curriculum, "None with preserve, which says what learns")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
 

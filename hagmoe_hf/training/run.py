@@ -17,7 +17,7 @@ from transformers import TrainerCallback, set_seed
 from .. import sentence
 from ..files import new_folder
 from ..modeling_hagmoe import HagMoePreTrainedModel
-from ..upcycling import upcycle
+from ..upcycling import freeze_preserved, upcycle
 from .arguments import TrainOptions, parse
 from .curriculum import CurriculumCallback, read_curriculum
 from .data import LABEL, DataReport, load_rows, refuse_too_small, text_length
@@ -239,12 +239,17 @@ def _load_model(
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
         texts = _calibration_texts(train_data, options.calibration_rows, options.temperature, arguments.seed)
-        memory: dict[str, Any] = {}
-        if options.ngram_memory_size:
-            rows = (row.values() for data in train_data.values() for row in data)
-            memory["ngram_texts"] = [text for row in rows for text in row if isinstance(text, str)]
-            memory["ngram_memory_size"] = options.ngram_memory_size
-        model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **memory, **options.upcycling)
+        more: dict[str, Any] = {}
+        if options.preserve or options.ngram_memory_size:
+            rows = [[text for text in row.values() if isinstance(text, str)] for data in train_data.values() for row in data]
+            learned = [text for row in rows for text in (row[1:] if options.preserve else row)]
+            if options.preserve:
+                more["preserved_texts"] = [row[0] for row in rows]
+                texts = learned
+            if options.ngram_memory_size:
+                more["ngram_texts"] = learned
+                more["ngram_memory_size"] = options.ngram_memory_size
+        model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **more, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
@@ -252,6 +257,12 @@ def _load_model(
         model.max_seq_length = text_length(options.max_length, sentence.encoder_of(model).config)
     if options.lora_rank:
         add_lora(sentence.encoder_of(model), options.lora_rank, options.lora_alpha, options.lora_targets)
+    if sentence.encoder_of(model).config.preserve_first_group:
+        if arguments.weight_decay:
+            raise ValueError(
+                f"weight_decay={arguments.weight_decay} would shrink the first group's experts, which are preserved; allowed: 0."
+            )
+        freeze_preserved(model)
     if options.freeze:
         frozen = freeze(model, options.freeze)
         say(arguments, f"Frozen: {len(frozen)} parameters")

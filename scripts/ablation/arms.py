@@ -33,7 +33,8 @@ class Arm:
         memory: Most n-grams of the training pairs in an n-gram memory; 0 for none.
         memory_order: Tokens of the longest of them.
         memory_scale: How many times as fast as the learning rate the memory learns.
-        preserved: Language whose texts keep the parent's experts, while only memory and other experts learn; "" for none.
+        preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
+        all_learn: Whether more learns than the memory and the other groups' experts, where a language is preserved.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Arm:
     memory_order: int = 4
     memory_scale: float = 100.0
     preserved: str = ""
+    all_learn: bool = False
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
@@ -225,6 +227,14 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         DENSE,
         replace(DENSE, name="dense-x2", about="the same at twice the rate", shared_rate=2.0),
         LANGUAGES,
+        replace(
+            LANGUAGES,
+            name="hag-languages-all",
+            about="the same groups and memory, and all weights learn, but for gates and embeddings",
+            expert_rate=1.0,
+            frozen_gates=1.0,
+            all_learn=True,
+        ),
         replace(
             LANGUAGES,
             name="hag-three-groups",

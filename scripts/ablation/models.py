@@ -40,9 +40,20 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         encoder = sentence.encoder_of(model)
         encoder.config.ngram_memory_scale = arm.memory_scale
         give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved))
-    if arm.preserved:
+    if arm.preserved and not arm.all_learn:
         freeze_preserved(model)
+    elif arm.preserved:
+        _let_all_learn(model)
     return model
+
+
+def _let_all_learn(model: SentenceTransformer) -> None:
+    """Undo what preserves texts, but for where the gates and the memory start."""
+    encoder = sentence.encoder_of(model)
+    encoder.config.preserve_first_group = False
+    for layer in encoder.config.sparse_layers:
+        encoder.layers[layer].mlp.preserved_experts = 0
+    prepared(model.requires_grad_(True))
 
 
 def mixture(

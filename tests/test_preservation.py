@@ -1,0 +1,172 @@
+"""A mixture that learns one kind of text and leaves another as it was."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from evaluation_helpers import shipped_rows
+from sentence_transformers import SentenceTransformer
+from torch.nn import functional as F
+from transformers import TrainerState
+
+from hagmoe_hf import HagMoeModel, sentence, upcycle
+from hagmoe_hf.training.losses import build_loss
+from hagmoe_hf.training.router_callback import RouterCallback
+from hagmoe_hf.upcycling import freeze_preserved
+
+# The parent's blocks whole, once for what stays and once for what learns
+WHOLE = {"sparse_layers": range(6), "n_group": 2, "num_experts": 2, "shared_expert_fraction": 0.0}
+
+
+@pytest.fixture(scope="module")
+def languages() -> dict[str, list[str]]:
+    """Real texts by language."""
+    sets = {"en": "classification/wiki_topic_en", "fr": "classification/wiki_topic_fr"}
+    return {language: [row["text"][:150] for row in shipped_rows(name, "train")] for language, name in sets.items()}
+
+
+@pytest.fixture(scope="module")
+def mixture(real_parent, languages) -> SentenceTransformer:
+    """English stays, French is learned; half of the texts are kept to look at."""
+    return upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2], **WHOLE)
+
+
+def first_groups(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
+    """(texts, sparse layers) bool: where a text opens the first group"""
+    encoder = sentence.encoder_of(model)
+    found: dict[int, list] = {layer: [] for layer in encoder.config.sparse_layers}
+    hooks = [
+        encoder.layers[layer].mlp.router.register_forward_hook(
+            lambda _, inputs, routing, mine=mine: mine.append(routing.expert_index.flatten()[0].item() == 0)
+        )
+        for layer, mine in found.items()
+    ]
+    for text in texts:
+        model.encode(text)
+    for hook in hooks:
+        hook.remove()
+    return np.array(list(found.values())).T
+
+
+def learn(model: SentenceTransformer, texts: list[str], steps: int = 4) -> None:
+    """A few steps of an optimizer that moves whatever has a gradient, however small."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        batch = model.preprocess(texts[16 * step : 16 * (step + 1)])
+        vectors = F.normalize(model(batch)["sentence_embedding"], dim=-1)
+        (vectors @ vectors.T).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def test_nothing_changes_before_training(real_parent, mixture, languages):
+    texts = languages["en"][1:40:2] + languages["fr"][1:40:2]
+    assert np.abs(mixture.encode(texts) - real_parent.encode(texts)).max() <= 2e-6
+
+
+def test_texts_that_were_not_seen_open_the_right_group(mixture, languages):
+    """The gate decides what stays: it must know a language, not the texts that it started from."""
+    stay, leave = (first_groups(mixture, languages[language][1:160:2]) for language in ("en", "fr"))
+    assert stay.mean() > 0.95
+    assert leave.mean() < 0.1
+    starts = mixture.upcycling_report.calibration.layers
+    assert all(start.preserved > 0.95 and start.others > 0.95 for start in starts)
+    assert "of the preserved texts open the first group" in str(mixture.upcycling_report)
+
+
+def test_training_leaves_preserved_texts_bit_for_bit(real_parent, languages):
+    """Whoever has an index of English vectors need not make it again, though English texts were among those trained on."""
+    model = upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2], **WHOLE)
+    english, french = languages["en"][1:100:2], languages["fr"][1:100:2]
+    at_home = first_groups(model, english).all(1)
+    memory = sentence.encoder_of(model).ngram_memory
+    before = [model.encode(text) for text in english], model.encode(french)
+    learn(model, [text for pair in zip(languages["fr"], languages["en"], strict=False) for text in pair])
+    for text, was, home in zip(english, before[0], at_home, strict=True):
+        ids = model.preprocess([text])["input_ids"]
+        follows = torch.ones_like(ids, dtype=torch.bool)
+        if home and not memory(ids, follows).any():
+            assert np.array_equal(model.encode(text), was)
+    assert at_home.mean() > 0.9
+    assert np.abs(model.encode(french) - before[1]).max(axis=1).min() > 1e-3
+    dense = sentence.encoder_of(real_parent).state_dict()
+    for layer in range(6):
+        up = sentence.encoder_of(model).layers[layer].mlp.experts.up_proj
+        assert torch.equal(up[0], dense[f"encoder.layer.{layer}.intermediate.dense.weight"])
+        assert not torch.equal(up[1], up[0])
+
+
+def test_a_reloaded_mixture_can_be_frozen_again(mixture, tmp_path):
+    """`requires_grad` is not saved, so going on would change what was to stay."""
+    mixture.save_pretrained(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    freeze_preserved(again)
+    learned = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert learned == {name for name, parameter in mixture.named_parameters() if parameter.requires_grad}
+    assert all(".experts." in name or name.endswith("ngram_memory.rows") for name in learned)
+
+
+def test_no_ngram_of_the_memory_is_in_the_texts_that_stay(mixture, languages):
+    memory = sentence.encoder_of(mixture).ngram_memory
+    memory.rows.data[1:] = 1.0
+    batch = mixture.preprocess(languages["en"][:64:2])
+    follows = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    follows[:, 0] = False
+    assert not memory(batch["input_ids"], follows).any()
+    french = mixture.preprocess(languages["fr"][:1])["input_ids"]
+    assert memory(french, torch.arange(french.shape[1]).unsqueeze(0) > 0).any()
+    memory.rows.data.zero_()
+
+
+def test_nothing_balances_what_is_preserved(mixture):
+    """A bias towards the first group's neighbours would send preserved texts there."""
+    before = {name: buffer.clone() for name, buffer in mixture.named_buffers()}
+    callback, loss = RouterCallback(), build_loss("multiple_negatives_ranking", mixture)
+    callback.on_train_begin(None, TrainerState(), None, model=mixture, loss=loss)
+    mixture.train()
+    loss([mixture.preprocess(["un texte", "un autre", "encore un"])] * 2, None).backward()
+    callback.on_step_end(None, None, None)
+    callback.on_train_end(None, None, None)
+    mixture.zero_grad()
+    mixture.eval()
+    assert any("group_bias" in name for name in before)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in mixture.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preserved_texts": ["a text"]}, r"preserved_texts holds 1 texts, with calibration_texts=None and ngram_texts=None"),
+        ({"preserved_texts": [" "], "ngram_texts": ["b"]}, "preserved_texts holds no text that is not empty"),
+        ({"preserved_texts": "a text", "ngram_texts": ["b"]}, "preserved_texts holds 'a text' of type str"),
+        ({"preserved_texts": ["a", 3], "ngram_texts": ["b"]}, "preserved_texts holds 3 of type int"),
+        ({"preserved_texts": ["a", "\ud800"], "ngram_texts": ["b"]}, "text 1 of preserved_texts is not UTF-8"),
+        ({"preserved_texts": ["a b"], "ngram_texts": ["a b"] * 9}, r"without an n-gram .* never in the 1 preserved_texts"),
+        ({"preserved_texts": ["a"], "calibration_texts": list("bcdefghijk"), "n_group": 1}, "n_group=1 .* 2 or more"),
+        (
+            {"preserved_texts": ["a"], "calibration_texts": list("bcdefghijk"), "group_routing": "token"},
+            "group_routing='token' .*preserve_first_group",
+        ),
+        ({"preserved_texts": ["a"], "calibration_texts": list("bcdefghijk"), "topk_group": 2}, "topk_group=2"),
+    ],
+)
+def test_what_cannot_be_preserved_is_refused(tiny_parent, options, message):
+    with pytest.raises(ValueError, match=message):
+        upcycle(str(tiny_parent), **options)
+
+
+def test_only_what_preserves_can_be_frozen(real_parent):
+    for model in (HagMoeModel(tiny_config()), real_parent):
+        with pytest.raises(ValueError, match="preserve_first_group is not set"):
+            freeze_preserved(model)
+
+
+def test_the_configuration_says_it(mixture, tmp_path):
+    sentence.encoder_of(mixture).config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["preserve_first_group"] is True
