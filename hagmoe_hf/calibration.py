@@ -80,7 +80,8 @@ class Calibration:
         if not parted:
             return found
         stay, leave = (min(cast(float, getattr(start, name)) for start in parted) for name in ("preserved", "others"))
-        return f"{found}; {stay:.1%} or more of the preserved texts open the first group, {leave:.1%} or more of the others do not"
+        shares = f"{stay:.1%} or more of the preserved texts open the first group, {leave:.1%} or more of the others do not"
+        return f"{found}; {shares}"
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def calibrate(
     item_N = torch.tensor([place for _, place in kept])
     inputs = _router_inputs(mixture, tokenize, [text for text, _ in kept], generator)
     starts = [
-        LayerStart(layer, *_start_router(router, seen, item_N, generator))
+        _start_router(layer, router, seen, item_N, generator)
         for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
     ]
     return Calibration(len(kept), tuple(starts))
@@ -197,8 +198,8 @@ def _router_inputs(
     return seen
 
 
-def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator) -> tuple[float | None, ...]:
-    """Set one router's gates and biases; what a `LayerStart` says of it."""
+def _start_router(layer: int, router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator) -> LayerStart:
+    """Set the gates and biases of one layer's router."""
     pooled_ND, lengths_N = torch.cat(seen.pooled), torch.cat(seen.lengths)
     tokens_ND, owners_N = torch.cat(seen.tokens), torch.cat(seen.owners)
     config = router.config
@@ -240,7 +241,7 @@ def _start_router(router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: 
     if is_preserved_N.any():  # how even the others are
         load_E = load_E[per_group:]
     load_G = load_E.unflatten(0, (-1, per_group)).sum(-1)
-    return float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean()), stay, leave
+    return LayerStart(layer, float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean()), stay, leave)
 
 
 def _parting_key(inputs_ND: Tensor, is_preserved_N: Tensor) -> Tensor:

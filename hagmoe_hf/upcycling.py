@@ -196,16 +196,17 @@ def upcycle(
         raise ValueError(f"ngram_memory_size={ngram_memory_size!r} is not possible; allowed: an integer of at least 1.")
 
     counted = None if ngram_texts is None else _single_texts("ngram_texts", _text_list("ngram_texts", ngram_texts))
-    kept = None if preserved_texts is None else _single_texts("preserved_texts", _text_list("preserved_texts", preserved_texts))
-    if kept is not None:
+    kept = None
+    if preserved_texts is not None:
+        kept = _single_texts("preserved_texts", _text_list("preserved_texts", preserved_texts))
         kept = [text for text in kept if text.strip()]
         if not kept:
             raise ValueError("preserved_texts holds no text that is not empty; allowed: texts whose vectors are to stay.")
         texts = counted if texts is None else texts
         if texts is None:
             raise ValueError(
-                f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: texts of "
-                "the others in one of these."
+                f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: the "
+                "others' texts in one of these."
             )
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from ablation_helpers import dev, pairs, prepared  # noqa: F401  # fixtures, here for more than one file
 from sentence_transformers import SentenceTransformer, models
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 

@@ -14,84 +14,19 @@ import pandas as pd
 import pytest
 import torch
 from ablation import budgets, inputs, loop, report, results, run, scoring
-from ablation.arms import BRANCH, CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, SUBJECT, TABLES, WIDE, Arm
-from ablation.budgets import Budget
-from ablation.lengths import scores_by_length
-from ablation.loop import Contrastive, Setting
-from ablation.memory import scores_by_memory, turned_down
+from ablation.arms import BRANCH, CALIBRATED, DENSE, FLAT, HAG, MEAN_POOLED, SEQUENCE, SUBJECT, WIDE
+from ablation.loop import Contrastive
 from ablation.models import build, mixture, parameter_groups
-from ablation.parting import mean_with_error, merged_experts, one_group, parting, ranks_by_merging, reciprocal_ranks
 from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
-from evaluation_helpers import shipped_rows, write_rows
+from ablation_helpers import ARMS, TINY_BUDGET, fitted, model_of, trained
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from hagmoe_hf import sentence
-from hagmoe_hf.demo import read_corpus
 from hagmoe_hf.training.losses import TranslationLoss
 
 ROOT = Path(__file__).parents[1]
-ARMS = {arm.name: arm for table_arms in TABLES.values() for arm in table_arms}
-TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_pairs=20)
-# Arms of the tables, as far as three layers go
-LAYERS = {"layer-3": [1], "layers-2-4": [0, 1], "layers-3-4-5": [1, 2], "layers-1-2-3-4": [0, 1, 2], "pairs-held": [1, 2]}
-
-
-def fitted(arm: Arm) -> Arm:
-    """The arm on a parent of three layers."""
-    return dataclasses.replace(arm, upcycling={**arm.upcycling, "sparse_layers": LAYERS.get(arm.name, [0, 1])})
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory, tiny_parent) -> Path:
-    """Inputs of real texts in three domains, some of whose pairs repeat the kit."""
-    folder = tmp_path_factory.mktemp("ablation")
-    kit = folder / "kit"
-    write_rows(kit / "sts/wordsim353/test.jsonl", shipped_rows("sts/wordsim353", "test")[:60])
-    queries, corpus, qrels = (shipped_rows("retrieval/arxiv_tags", name) for name in ("queries", "corpus", "qrels"))
-    asked = {row["_id"] for row in queries[:20]}
-    write_rows(kit / "retrieval/arxiv_tags/queries.jsonl", queries[:20])
-    write_rows(kit / "retrieval/arxiv_tags/corpus.jsonl", corpus)
-    write_rows(kit / "retrieval/arxiv_tags/qrels.jsonl", [row for row in qrels if row["query-id"] in asked])
-    texts, _ = read_corpus()
-    halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, texts) if len(words) > 3]
-    rows = [
-        {"domain": ("code", "lexical", "software")[i % 3], "anchor": " ".join(a), "positive": " ".join(b), "split": "train"}
-        for i, (a, b) in enumerate(halves[:300])
-    ]
-    for row in rows[::8]:
-        row["split"] = "dev"
-    rows += [{"domain": "code", "anchor": row["text"], "positive": "leak", "split": "train"} for row in corpus[:3]]
-    languages = ["xx" if row["domain"] == "lexical" and i % 4 else "en" for i, row in enumerate(rows)]
-    pd.DataFrame(rows).assign(lang=languages).to_parquet(folder / "pairs.parquet")
-    inputs.prepare(folder / "pairs.parquet", kit, tiny_parent, folder / "inputs", 24, None, seed=0)
-    return folder / "inputs"
-
-
-@pytest.fixture(scope="session")
-def pairs(prepared) -> inputs.Pairs:
-    return inputs.load_pairs(prepared, "train", TINY_BUDGET.max_length, "cpu")
-
-
-@pytest.fixture(scope="session")
-def dev(prepared) -> inputs.Pairs:
-    return inputs.load_pairs(prepared, "dev", TINY_BUDGET.max_length, "cpu", TINY_BUDGET.dev_rows)
-
-
-def setting(arm: Arm, folder: Path, **changes) -> Setting:
-    return Setting(fitted(arm), dataclasses.replace(TINY_BUDGET, **changes), 1e-3, 0, folder, "cpu")
-
-
-def trained(arm: Arm, prepared: Path, pairs, dev, work: Path, deadline: float = math.inf, **changes):
-    texts = inputs.calibration_pairs(prepared, TINY_BUDGET)
-    return loop.train(setting(arm, prepared, **changes), pairs, dev, texts, work, deadline)
-
-
-def model_of(arm: Arm, folder: Path) -> SentenceTransformer:
-    model = build(fitted(arm), folder / "parent", inputs.calibration_pairs(folder, TINY_BUDGET), 0, "cpu").eval()
-    set_domain(sentence.encoder_of(model), "code")
-    return model
 
 
 def test_what_repeats_the_kit_is_not_trained_on(prepared, pairs):
@@ -460,98 +395,6 @@ def test_kept_weights_give_the_trained_model_back(name, prepared, pairs, dev, tm
         run.kept_model(entry, tmp_path, prepared)
     run.keep_weights(tmp_path / "tiny" / f"{name}_lr0.001_seed0", model)
     assert scoring.dev_scores(run.kept_model(entry, tmp_path, prepared), dev) == scoring.dev_scores(model, dev)
-
-
-def test_parting_tells_agreement_distance_and_what_merging_does(prepared, pairs, dev, tmp_path):
-    """At the start nothing has parted and every variant is the parent; later each figure is what its name says."""
-    dense, start = model_of(DENSE, prepared), model_of(HAG, prepared)
-    found = parting(start, dense, sentence.encoder_of(model_of(HAG, prepared)), dev)
-    assert set(found["macro_mrr"]) == {
-        "dense",
-        "as trained",
-        "experts merged",
-        *(f"all texts in group {g}" for g in range(4)),
-    }
-    assert list(found["macro_mrr"].values()) == pytest.approx([found["macro_mrr"]["dense"]] * 7, abs=1e-9)
-    assert sum(part["pairs"] for part in found["by_agreement"].values()) == dev.first_rows[-1]
-    assert all(part["mean"] == 0 for part in found["by_agreement"].values())
-    assert found["difference"] == {"pairs": dev.first_rows[-1], "mean": 0, "standard_error": 0}
-
-    model = trained(HAG, prepared, pairs, dev, tmp_path)[1]
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    encoder = sentence.encoder_of(start)
-    found = parting(model, dense, encoder, dev)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "it is left as it was"
-    assert found["macro_mrr"]["as trained"] == pytest.approx(100 * np.mean(list(scoring.dev_scores(model, dev)[0].values())))
-    merged = ranks_by_merging(model, dev, [0, 0.5, 1])
-    assert merged["0"] == pytest.approx(found["macro_mrr"]["as trained"])
-    assert merged["1"] == pytest.approx(found["macro_mrr"]["experts merged"])
-    with torch.no_grad(), merged_experts(sentence.encoder_of(model), 0.25):
-        stack = sentence.encoder_of(model).layers[0].mlp.experts.up_proj
-        before = weights["0.model.layers.0.mlp.experts.up_proj"]
-        assert torch.allclose(stack, 0.75 * before + 0.25 * before.mean(0), atol=1e-6)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    to_either_side = torch.tensor([1.0, -1.0]).repeat(4)
-    with torch.no_grad():
-        for layer in encoder.config.sparse_layers:
-            for name, stack in sentence.encoder_of(model).layers[layer].mlp.experts.named_parameters():
-                side = to_either_side.view(-1, *[1] * (stack.dim() - 1))
-                stack.copy_(encoder.layers[layer].mlp.experts.get_parameter(name) + 4 + side)
-    assert parting(model, dense, encoder, dev)["expert_distance"] == pytest.approx([1 / 4, 1 / 4])
-
-
-def test_a_memory_can_be_turned_down(prepared, pairs, dev, tmp_path):
-    """Off, it must be as if it had never been; and every row that was learned comes from training."""
-    model = trained(dataclasses.replace(ARMS["memory"], memory=50), prepared, pairs, dev, tmp_path)[1]
-    memory = sentence.encoder_of(model).ngram_memory
-    assert memory.rows.shape[0] == 51
-    assert memory.rows[1:].any()
-    kit_set = next(one for one in scoring.kit_sets(prepared / "kit") if one.kind == "sts")
-    found = scores_by_memory(model, dev, kit_set, [0, 1])
-    with torch.no_grad():
-        memory.rows.zero_()
-    nothing = scores_by_memory(model, dev, kit_set, [1])
-    assert found["0"] == nothing["1"]
-    assert found["1"] != nothing["1"]
-    with pytest.raises(ValueError, match="no memory"), turned_down(model_of(DENSE, prepared), 0.5):
-        pass
-
-
-def test_scores_by_length_are_those_of_texts_that_were_cut(prepared):
-    """Untrained, the two are one model; a finding about lengths must come from lengths, and leave the model as it was."""
-    mixture, dense = model_of(HAG, prepared), model_of(DENSE, prepared)
-    weights = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
-    (kit_set,) = (one for one in scoring.kit_sets(prepared / "kit") if one.key == "retrieval/arxiv_tags")
-    found = scores_by_length(mixture, dense, kit_set, [4, 64])
-    assert set(found) == {"4", "64"}
-    for scores in found.values():
-        assert scores == pytest.approx(dict.fromkeys(("as trained", "dense", "experts merged"), scores["dense"]))
-    assert found["4"]["dense"] != pytest.approx(found["64"]["dense"])
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in mixture.state_dict().items())
-    assert mixture.max_seq_length == dense.max_seq_length
-
-
-def test_an_error_over_domains_is_that_of_their_means():
-    random = np.random.default_rng(0)
-    parts = [random.normal(size=(4000, size)) * spread + spread for size, spread in ((40, 1.0), (10, 3.0))]
-    found = mean_with_error([part[0] for part in parts])
-    assert found["pairs"] == 50
-    assert found["mean"] == pytest.approx((parts[0][0].mean() + parts[1][0].mean()) / 2)
-    drawn = [mean_with_error([part[i] for part in parts]) for i in range(4000)]
-    assert np.std([one["mean"] for one in drawn]) == pytest.approx(
-        np.mean([one["standard_error"] for one in drawn]), rel=0.1
-    )
-    assert mean_with_error([np.ones(1), np.ones(5)])["standard_error"] is None
-
-
-def test_texts_of_one_group_agree(prepared, dev):
-    model = model_of(HAG, prepared)
-    encoder = sentence.encoder_of(model)
-    with torch.no_grad(), one_group(encoder, 2):
-        _, groups = reciprocal_ranks(model, dev)
-    assert groups.shape == (2, dev.first_rows[-1], 2)
-    assert (groups == 2).all()
-    assert not any(encoder.layers[layer].mlp.router.group_bias.any() for layer in encoder.config.sparse_layers)
 
 
 def test_kept_runs_are_scored_later(prepared, pairs, dev, tmp_path, monkeypatch):

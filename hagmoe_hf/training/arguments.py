@@ -94,8 +94,8 @@ class TrainOptions:
     preserve: bool = field(
         default=False,
         metadata=_help(
-            "Upcycling: texts like those of the first column keep the parent's vectors, what is learned of the other columns "
-            "goes into other groups and the memory."
+            "Upcycling: texts like those of the first column keep the parent's vectors; what the others teach goes into "
+            "other groups and the memory."
         ),
     )
 
@@ -162,7 +162,7 @@ class TrainOptions:
             _require(False, "ngram_memory_size", self.ngram_memory_size, "0 with objective='mlm'")
         if self.preserve:
             _require(self.objective == "embedding", "preserve", self.preserve, "False with objective='mlm'")
-            _require(not self.lora_rank, "lora_rank", self.lora_rank, "0 with preserve, whose texts pass what adapters change")
+            _require(not self.lora_rank, "lora_rank", self.lora_rank, "0 with preserve: adapters would change it")
             _require(self.curriculum is None, "curriculum", self.curriculum, "None with preserve, which says what learns")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")

@@ -1,7 +1,7 @@
 """The train command: from options to a folder that holds a model."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -238,7 +238,9 @@ def _load_model(
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
-        texts = _calibration_texts(train_data, options.calibration_rows, options.temperature, arguments.seed)
+        texts: Sequence[str | Sequence[str]] | None = _calibration_texts(
+            train_data, options.calibration_rows, options.temperature, arguments.seed
+        )
         more: dict[str, Any] = {}
         if options.preserve or options.ngram_memory_size:
             rows = [[text for text in row.values() if isinstance(text, str)] for data in train_data.values() for row in data]
@@ -259,9 +261,7 @@ def _load_model(
         add_lora(sentence.encoder_of(model), options.lora_rank, options.lora_alpha, options.lora_targets)
     if sentence.encoder_of(model).config.preserve_first_group:
         if arguments.weight_decay:
-            raise ValueError(
-                f"weight_decay={arguments.weight_decay} would shrink the first group's experts, which are preserved; allowed: 0."
-            )
+            raise ValueError(f"weight_decay={arguments.weight_decay} would shrink experts that are preserved; allowed: 0.")
         freeze_preserved(model)
     if options.freeze:
         frozen = freeze(model, options.freeze)

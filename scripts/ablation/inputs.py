@@ -252,8 +252,8 @@ def texts_by_language(folder: Path, language: str) -> tuple[list[str], list[str]
 def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:
     """The rows of every step, the same for every arm: a function of data, budget, seed, and whether batches are mixed.
 
-    Domains come by weight n^(1/T), what is left out never. Each goes through its rows in a random order, and starts again when
-    it is used up.
+    Domains come by weight n^(1/T), what is left out never. Each goes through its rows in a random order, and starts again
+    when it is used up.
     """
     random = np.random.default_rng([seed, int(mixed)])
     rows_of = [pairs.rows_of(domain, budget) for domain in range(len(pairs.domains))]
