@@ -33,8 +33,12 @@ def main() -> None:
     what.add_argument(
         "--by-memory", type=Path, nargs="+", metavar="RESULT", help="held-out MRR and --set, memory turned down to --parts"
     )
+    what.add_argument(
+        "--staying", type=Path, nargs="+", metavar="RESULT", help="how far held-out texts in --language moved in these runs"
+    )
     what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
     parser.add_argument("--set", default="retrieval/wiki_description_en", help="with --by-length, --by-memory")
+    parser.add_argument("--language", default="en", help="with --staying")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 256], help="with --by-length: tokens")
     parser.add_argument(
         "--parts",
@@ -99,6 +103,11 @@ def main() -> None:
 
         for result in args.by_memory:
             add_memory(result, args.set, args.parts, args.work, args.inputs, command)
+    elif args.staying:
+        from ablation.run import add_staying
+
+        for result in args.staying:
+            add_staying(result, args.language, args.work, args.inputs, command)
     elif args.score:
         from ablation.run import add_kit_scores
 

@@ -49,7 +49,7 @@ def prepared(tmp_path_factory, tiny_parent) -> Path:
     for row in rows[::8]:
         row["split"] = "dev"
     rows += [{"domain": "code", "anchor": row["text"], "positive": "leak", "split": "train"} for row in corpus[:3]]
-    languages = ["xx" if row["domain"] == "lexical" and i % 4 else "en" for i, row in enumerate(rows)]
+    languages = ["xx" if row["domain"] == "lexical" and i % 5 else "en" for i, row in enumerate(rows)]
     pd.DataFrame(rows).assign(lang=languages).to_parquet(folder / "pairs.parquet")
     inputs.prepare(folder / "pairs.parquet", kit, tiny_parent, folder / "inputs", 24, None, seed=0)
     return folder / "inputs"

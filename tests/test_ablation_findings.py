@@ -10,6 +10,7 @@ from ablation.arms import DENSE, HAG
 from ablation.lengths import scores_by_length
 from ablation.memory import scores_by_memory, turned_down
 from ablation.parting import mean_with_error, merged_experts, one_group, parting, ranks_by_merging, reciprocal_ranks
+from ablation.staying import staying
 from ablation_helpers import ARMS, model_of, trained
 
 from hagmoe_hf import sentence
@@ -68,6 +69,19 @@ def test_a_memory_can_be_turned_down(prepared, pairs, dev, tmp_path):
     assert found["1"] != nothing["1"]
     with pytest.raises(ValueError, match="no memory"), turned_down(model_of(DENSE, prepared), 0.5):
         pass
+
+
+def test_staying_tells_what_moved(prepared, pairs, dev, tmp_path):
+    """A promise that nothing moves is worth what its measurement is."""
+    parent = sentence.load(str(prepared / "parent"), device="cpu")
+    start = staying(model_of(HAG, prepared), parent, dev, "en")
+    assert {name: found["unchanged"] for name, found in start.items()} == {"code": 1, "lexical": 1, "software": 1}
+    assert all(found["cosine"] == pytest.approx(1) for found in start.values())
+    assert list(staying(parent, parent, dev, "xx")) == ["lexical"]
+    count = sum(found["texts"] for found in start.values()) + staying(parent, parent, dev, "xx")["lexical"]["texts"]
+    assert count == 2 * dev.first_rows[-1]
+    learned = staying(trained(DENSE, prepared, pairs, dev, tmp_path)[1], parent, dev, "en")
+    assert all(found["unchanged"] < 0.1 and found["cosine"] < 1 for found in learned.values())
 
 
 def test_scores_by_length_are_those_of_texts_that_were_cut(prepared):

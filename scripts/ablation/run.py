@@ -27,6 +27,7 @@ from ablation.memory import scores_by_memory
 from ablation.models import build
 from ablation.parting import parting, ranks_by_merging
 from ablation.results import due, read_results, run_name
+from ablation.staying import staying
 from hagmoe_hf import sentence
 from hagmoe_hf.evaluation.kit import KitSet
 from hagmoe_hf.files import new_file, write_text
@@ -186,6 +187,16 @@ def add_memory(result: Path, kit_set: str, parts: list[float], work: Path, input
     dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
     found = {"parts": scores_by_memory(kept_model(entry, work, inputs), dev, wanted, parts)}
     _add_finding("memory.json", result, entry, found, command, f" {kit_set}")
+
+
+def add_staying(result: Path, language: str, work: Path, inputs: Path, command: str) -> None:
+    """Put how far a run's vectors of held-out texts in a language moved into `staying.json` beside its result."""
+    entry = json.loads(result.read_text(encoding="utf-8"))
+    budget = entry["budget"]
+    dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
+    parent = sentence.load(str(inputs / "parent"), device="cpu")
+    domains = staying(kept_model(entry, work, inputs), parent, dev, language)
+    _add_finding("staying.json", result, entry, {"domains": domains}, command, f" {language}")
 
 
 def add_merging(result: Path, parts: list[float], work: Path, inputs: Path, command: str) -> None:
