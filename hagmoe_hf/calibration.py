@@ -50,15 +50,11 @@ class LayerStart:
         layer: The sparse layer.
         largest_group: Load of the most loaded group over the mean group's; 1 is even.
         largest_expert: The same of experts.
-        preserved: Share of the preserved texts that open the first group; None where there are none.
-        others: Share of the other texts that open another group; None likewise.
     """
 
     layer: int
     largest_group: float
     largest_expert: float
-    preserved: float | None = None
-    others: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +64,23 @@ class Calibration:
     Attributes:
         texts: Texts that were looked at.
         layers: One entry for each sparse layer.
+        preserved: Share of the preserved texts that open the first group in every layer, each judged by gates that were
+            fitted without it; None where there are none.
+        others: Share of the other texts that open another group in every layer, likewise.
     """
 
     texts: int
     layers: tuple[LayerStart, ...]
+    preserved: float | None = None
+    others: float | None = None
 
     def __str__(self) -> str:
         shares = ", ".join(f"{start.largest_group:.2f}x in layer {start.layer}" for start in self.layers)
         found = f"gates started from {self.texts} texts; largest group against the mean one: {shares}"
-        parted = [start for start in self.layers if start.preserved is not None]
-        if not parted:
+        if self.preserved is None:
             return found
-        stay, leave = (min(cast(float, getattr(start, name)) for start in parted) for name in ("preserved", "others"))
-        shares = f"{stay:.1%} or more of the preserved texts open the first group, {leave:.1%} or more of the others do not"
-        return f"{found}; {shares}"
+        stay = f"{self.preserved:.1%} of the preserved texts open the first group in every layer"
+        return f"{found}; {stay}, {self.others:.1%} of the others in none"
 
 
 @torch.no_grad()
@@ -91,6 +90,7 @@ def calibrate(
     texts: Sequence[str | Sequence[str]],
     seed: int,
     preserved: Sequence[str] = (),
+    argument: str = "calibration_texts",
 ) -> Calibration:
     """Set gates and balancing biases of every router from texts; all other weights stay.
 
@@ -100,12 +100,14 @@ def calibrate(
         texts: Items, each a text or several that belong together; at least `num_experts` different texts that are not
             empty. Of more than `MOST_TEXTS` texts those of randomly drawn items are taken.
         seed: Seed of that sample and of the clustering.
-        preserved: Texts for which the first group is, where the mixture preserves it: the others part `texts`.
+        preserved: Texts for which the first group is, where the mixture preserves it; the other groups part `texts`, but for
+            those that are among these.
+        argument: What messages call `texts`.
 
     Raises:
         ValueError: `texts` is a single text, or holds something else than texts, or too few different ones.
     """
-    items = _checked_items(texts, mixture.config.num_experts)
+    items = _checked_items(argument, texts, mixture.config.num_experts, frozenset(preserved))
     generator = torch.Generator().manual_seed(seed)
     if sum(map(len, items)) > MOST_TEXTS:
         items = [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
@@ -115,14 +117,24 @@ def calibrate(
     kept.sort(key=lambda text_and_item: len(text_and_item[0]))  # so little of a batch is padding
     item_N = torch.tensor([place for _, place in kept])
     inputs = _router_inputs(mixture, tokenize, [text for text, _ in kept], generator)
-    starts = [
-        _start_router(layer, router, seen, item_N, generator)
-        for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
-    ]
-    return Calibration(len(kept), tuple(starts))
+    starts, opened = zip(
+        *(
+            _start_router(layer, router, seen, item_N, generator)
+            for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
+        ),
+        strict=True,
+    )
+    if not preserved:
+        return Calibration(len(kept), starts)
+    is_preserved_N, opens_first_LN = item_N == PRESERVED, torch.stack(opened)
+    stay = opens_first_LN.all(0)[is_preserved_N].float().mean()
+    leave = 1 - opens_first_LN.any(0)[~is_preserved_N].float().mean()
+    return Calibration(len(kept), starts, float(stay), float(leave))
 
 
-def _checked_items(texts: Sequence[str | Sequence[str]], num_experts: int) -> list[list[str]]:
+def _checked_items(
+    argument: str, texts: Sequence[str | Sequence[str]], num_experts: int, left_out: frozenset[str]
+) -> list[list[str]]:
     """The texts of every item that are not empty, of the items that have any."""
     given = [texts] if isinstance(texts, str) else texts
     items = [list(item) if isinstance(item, list | tuple) else [item] for item in given]
@@ -130,20 +142,20 @@ def _checked_items(texts: Sequence[str | Sequence[str]], num_experts: int) -> li
         wrong = item if isinstance(texts, str) else [text for text in item if not isinstance(text, str)]
         if wrong:
             raise ValueError(
-                f"calibration_texts holds {wrong[0]!r} of type {type(wrong[0]).__name__}; allowed: a list of texts, or of "
+                f"{argument} holds {wrong[0]!r} of type {type(wrong[0]).__name__}; allowed: a list of texts, or of "
                 "tuples of texts that belong together."
             )
         for text in cast(list[str], item):
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ValueError(f"calibration_texts[{place}] is not UTF-8 ({error.reason}); allowed: texts.") from error
-    kept = [[text for text in cast(list[str], item) if text.strip()] for item in items]
+                raise ValueError(f"{argument}[{place}] is not UTF-8 ({error.reason}); allowed: texts.") from error
+    kept = [[text for text in cast(list[str], item) if text.strip() and text not in left_out] for item in items]
     usable = len({text.strip() for item in kept for text in item})
     if usable < num_experts:
         raise ValueError(
-            f"calibration_texts holds {usable} different texts that are not empty; allowed: at least "
-            f"num_experts={num_experts}, better some hundreds from every domain and language."
+            f"{argument} holds {usable} different texts that are not empty{' nor preserved' * bool(left_out)}; allowed: at "
+            f"least num_experts={num_experts}, better some hundreds from every domain and language."
         )
     return [item for item in kept if item]
 
@@ -198,14 +210,16 @@ def _router_inputs(
     return seen
 
 
-def _start_router(layer: int, router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator) -> LayerStart:
-    """Set the gates and biases of one layer's router."""
+def _start_router(
+    layer: int, router: HagMoeRouter, seen: _Seen, item_N: Tensor, generator: torch.Generator
+) -> tuple[LayerStart, Tensor]:
+    """Set the gates and biases of one layer's router; also (N,) which texts open a first group that is preserved."""
     pooled_ND, lengths_N = torch.cat(seen.pooled), torch.cat(seen.lengths)
     tokens_ND, owners_N = torch.cat(seen.tokens), torch.cat(seen.owners)
     config = router.config
     groups, per_group = config.n_group, config.experts_per_group
     is_preserved_N = item_N == PRESERVED
-    stay = leave = None
+    opens_first_N = torch.zeros_like(is_preserved_N)
     token_group_N = torch.zeros(len(tokens_ND), dtype=torch.long)
     if router.group_gate is not None:
         by_text = config.group_routing == "sequence"
@@ -213,7 +227,9 @@ def _start_router(layer: int, router: HagMoeRouter, seen: _Seen, item_N: Tensor,
         if is_preserved_N.any():  # only where groups are opened by text
             others = ~is_preserved_N
             keys_GD, bias_G = _gate(inputs_ND[others], weights_N[others], groups - 1, generator, item_N[others])
-            keys_GD = torch.cat([_parting_key(inputs_ND, is_preserved_N).unsqueeze(0), keys_GD])
+            first_D, left_out_N = _parting_key(inputs_ND, is_preserved_N)
+            opens_first_N = left_out_N > (inputs_ND @ keys_GD.T).amax(-1)
+            keys_GD = torch.cat([first_D.unsqueeze(0), keys_GD])
             bias_G = torch.cat([torch.zeros(1), bias_G])
         else:
             keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else None)
@@ -221,9 +237,6 @@ def _start_router(layer: int, router: HagMoeRouter, seen: _Seen, item_N: Tensor,
         cast(Tensor, router.group_bias).copy_(bias_G)
         chosen_N = _choose(inputs_ND, keys_GD, bias_G)
         token_group_N = chosen_N[owners_N] if by_text else chosen_N
-        if is_preserved_N.any():
-            stay = float((chosen_N[is_preserved_N] == 0).float().mean())
-            leave = float((chosen_N[~is_preserved_N] != 0).float().mean())
     expert_N = token_group_N
     if router.expert_gate is not None:
         gates = []
@@ -241,20 +254,28 @@ def _start_router(layer: int, router: HagMoeRouter, seen: _Seen, item_N: Tensor,
     if is_preserved_N.any():  # how even the others are
         load_E = load_E[per_group:]
     load_G = load_E.unflatten(0, (-1, per_group)).sum(-1)
-    return LayerStart(layer, float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean()), stay, leave)
+    return LayerStart(layer, float(load_G.max() / load_G.mean()), float(load_E.max() / load_E.mean())), opens_first_N
 
 
-def _parting_key(inputs_ND: Tensor, is_preserved_N: Tensor) -> Tensor:
+def _parting_key(inputs_ND: Tensor, is_preserved_N: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (D,) of a logit that is far over 0 for preserved texts and far under 0 for others.
 
     By least squares on +1 and -1, both kinds counting the same. Without an intercept: states have a large common part.
+
+    Returns:
+        The weights, and (N,) each text's logit by weights that were fitted without it.
     """
     target_N = is_preserved_N.float() * 2 - 1
     share = is_preserved_N.float().mean()
-    weight_N1 = torch.where(is_preserved_N, 0.5 / share, 0.5 / (1 - share)).unsqueeze(-1) / len(inputs_ND)
-    weighted_ND = inputs_ND * weight_N1
-    key_D = torch.linalg.solve(_steadied(inputs_ND.T @ weighted_ND, RIDGE), weighted_ND.T @ target_N)
-    return key_D * LARGEST_GAP / (inputs_ND @ key_D).abs().mean()
+    weight_N = torch.where(is_preserved_N, 0.5 / share, 0.5 / (1 - share)) / len(inputs_ND)
+    weighted_ND = inputs_ND * weight_N.unsqueeze(-1)
+    inverse_DD = torch.linalg.inv(_steadied(inputs_ND.T @ weighted_ND, RIDGE))
+    key_D = inverse_DD @ (weighted_ND.T @ target_N)
+    logit_N = inputs_ND @ key_D
+    leverage_N = ((weighted_ND @ inverse_DD) * inputs_ND).sum(-1)
+    left_out_N = target_N - (target_N - logit_N) / (1 - leverage_N).clamp(min=1e-6)  # in closed form, as for every ridge
+    scale = LARGEST_GAP / logit_N.abs().mean().clamp(min=1e-6)
+    return key_D * scale, left_out_N * scale
 
 
 def _gate(

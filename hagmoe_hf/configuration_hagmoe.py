@@ -105,13 +105,13 @@ class HagMoeConfig(PreTrainedConfig):
             of `intermediate_size` where None.
         shared_expert_intermediate_size (`int`, *optional*): Width of the shared expert, a multiple of 8, 0 for none; half
             of `intermediate_size` where None.
-        ngram_memory_size (`int`): N-grams for which a row is learned that is added to the embeddings where they end; 0 for
-            no memory.
+        ngram_memory_size (`int`): N-grams with a row that is added to the embeddings where they end, those included that
+            are only the beginning of others; 0 for no memory.
         ngram_memory_order (`int`): Tokens of the longest n-gram in the memory.
         ngram_memory_scale (`float`): How many times as fast as other weights the rows of the memory learn under Adam. Less
             of it turns a trained memory down, 0 turns it off.
-        preserve_first_group (`bool`): Whether no gradient reaches the experts of the first group, which stay the parent's
-            while others learn; needs groups that are opened by text, one at a time.
+        preserve_first_group (`bool`): Whether no gradient passes the experts of the first group, so that they stay the
+            parent's while others learn; needs groups that are opened by text, one at a time.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 

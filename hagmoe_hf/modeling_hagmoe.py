@@ -508,8 +508,6 @@ class HagMoeSparseMLP(nn.Module):
         super().__init__()
         self.router = HagMoeRouter(config)
         self.experts = HagMoeExperts(config)
-        # Of the first group, which no gradient reaches
-        self.preserved_experts = config.experts_per_group if config.preserve_first_group else 0
         self.experts.has_gate = config.gated_mlp  # type: ignore[assignment]
         self.experts.has_bias = config.mlp_bias  # type: ignore[assignment]
         # The flag makes the stock implementations understand expert id `num_experts` as "no expert": padding costs nothing
@@ -531,8 +529,10 @@ class HagMoeSparseMLP(nn.Module):
         routing = self.router(hidden_states, token_mask, packing)
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
         routed = run_experts(self.experts, flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
-        if self.preserved_experts and torch.is_grad_enabled():
-            is_preserved = (routing.expert_index < self.preserved_experts).view(*hidden_states.shape[:-1], -1).all(-1)
+        config = self.router.config
+        if config.preserve_first_group and torch.is_grad_enabled():
+            in_first = routing.expert_index < config.experts_per_group
+            is_preserved = in_first.view(*hidden_states.shape[:-1], -1).all(-1)
             routed = torch.where(is_preserved.unsqueeze(-1), routed.detach(), routed)
         common = self.output_bias if self.shared_expert is None else self.shared_expert(hidden_states)
         output = routed if common is None else routed + common

@@ -153,7 +153,8 @@ def upcycle(
         ngram_texts: Texts that the mixture will be trained on, best all of them, single or in tuples. Their most frequent
             n-grams get a memory, a row each, which learns fast: for texts like these, at some cost for others. Where None,
             there is no memory.
-        ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product.
+        ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product. With
+            `preserved_texts` the beginnings of some of them take such a row as well, which stays 0.
         preserved_texts: Texts whose vectors are to stay the parent's while the mixture learns others, such as those in its
             language while it learns more languages; some thousands. The first group becomes theirs: its gate starts from
             them, and no gradient reaches its experts. N-grams that occur in them get no row in the memory. Everything else
@@ -170,7 +171,8 @@ def upcycle(
 
     Raises:
         ValueError: A family, head, layer, width or option that cannot be upcycled, weights that are not finite, calibration
-            texts that are none or too few, or such texts for a model that comes without its tokenizer.
+            texts that are none or too few, or such texts for a model that comes without its tokenizer; preserved texts
+            without others, or in a mixture that has nothing left to learn.
         TypeError: `parent` is none of the above.
         OSError: `parent` names no model.
         ImportError: `parent` was saved by sentence-transformers, which is missing.
@@ -196,17 +198,22 @@ def upcycle(
         raise ValueError(f"ngram_memory_size={ngram_memory_size!r} is not possible; allowed: an integer of at least 1.")
 
     counted = None if ngram_texts is None else _single_texts("ngram_texts", _text_list("ngram_texts", ngram_texts))
-    kept = None
+    kept, argument = None, "calibration_texts"
     if preserved_texts is not None:
         kept = _single_texts("preserved_texts", _text_list("preserved_texts", preserved_texts))
         kept = [text for text in kept if text.strip()]
         if not kept:
             raise ValueError("preserved_texts holds no text that is not empty; allowed: texts whose vectors are to stay.")
-        texts = counted if texts is None else texts
+        argument = "ngram_texts" if texts is None else argument
+        texts = cast(Any, counted) if texts is None else texts
         if texts is None:
             raise ValueError(
                 f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: the "
                 "others' texts in one of these."
+            )
+        if counted is None and sparse_layers == []:
+            raise ValueError(
+                "sparse_layers=[] and ngram_texts=None with preserved_texts: nothing learns; allowed: one of them."
             )
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
@@ -214,8 +221,8 @@ def upcycle(
         mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
         if ngrams is not None:
             give_memory(mixture, *ngrams)
-        if texts is not None:
-            calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed, kept or ())
+        if texts is not None and mixture.config.sparse_layers:
+            calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed, kept or (), argument)
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
         return mixture
 
@@ -291,8 +298,9 @@ def _frequent_ngrams(
 
 
 def freeze_preserved(mixture: torch.nn.Module) -> None:
-    """Leave only the memory and the routed experts to learn; preserved texts pass none of them but those of the first group,
-    which no gradient reaches. A model that was loaded needs it again before it is trained on.
+    """Freeze all but the memory and the routed experts, of which preserved texts pass only those that learn nothing.
+
+    A head is frozen, too. A model that was loaded needs it again before it is trained on.
 
     Args:
         mixture: An encoder, one with a head, or a `SentenceTransformer` around one, with `preserve_first_group`.
@@ -307,7 +315,8 @@ def freeze_preserved(mixture: torch.nn.Module) -> None:
             "preserved_texts."
         )
     for name, parameter in mixture.named_parameters():
-        parameter.requires_grad_(".experts." in name or name.endswith("ngram_memory.rows"))
+        if ".experts." not in name and not name.endswith("ngram_memory.rows"):
+            parameter.requires_grad_(False)
 
 
 def give_memory(mixture: HagMoePreTrainedModel, names: Tensor, counts: Tensor) -> None:

@@ -38,9 +38,13 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["--calibration_rows", "-1"], "calibration_rows=-1 is not possible; allowed: 0"),
         (["--ngram_memory_size", "-1"], "ngram_memory_size=-1 is not possible; allowed: 0"),
         (["--objective", "mlm", "--ngram_memory_size", "2"], "ngram_memory_size=2 is not possible; allowed: 0 with"),
-        (["--objective", "mlm", "--preserve"], "preserve=True is not possible; allowed: False with objective='mlm'"),
-        (["--preserve", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 with preserve"),
-        (["--preserve", "--curriculum", "c.yaml"], "curriculum='c.yaml' is not possible; allowed: None with preserve"),
+        (["--objective", "mlm", "--preserve"], "objective='mlm' is not possible; allowed: 'embedding' for"),
+        (["--preserve", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
+        (["--preserve", "--curriculum", "c.yaml"], "curriculum='c.yaml' is not possible; allowed: None for"),
+        (
+            ["--loss", "translation", "--teacher", "t", "--columns", "a", "b", "c"],
+            r"columns=.* allowed: two with",
+        ),
         (["--objective", "mlm", "--calibration_rows", "2"], "calibration_rows=2 is not possible; allowed: 0 with"),
         (["--where", "split"], "where='split' is not possible; allowed: COLUMN=VALUE"),
         (["--where", "lang=en", "lang=de"], "where=\\['lang=en', 'lang=de'\\] is not possible; allowed: each column once"),
@@ -145,11 +149,13 @@ def test_a_preset_is_a_possible_model(name):
 def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
     """The guide is what people copy from."""
     guide = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
-    options_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    options_file, languages_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     (tmp_path / "train.yaml").write_text(options_file)
     (tmp_path / "curriculum.yaml").write_text(curriculum_file)
     options, training = parse(["--config", str(tmp_path / "train.yaml"), "--use_cpu"])
     assert (options.temperature, training.learning_rate) == (2, 2e-5)
+    (tmp_path / "languages.yaml").write_text(languages_file)
+    assert parse(["--config", str(tmp_path / "languages.yaml"), "--use_cpu"])[0].preserve
     curriculum = read_curriculum(tmp_path / "curriculum.yaml")
     assert curriculum.ends(100) == [10, 50, 100]
     model = HagMoeModel(tiny_config())

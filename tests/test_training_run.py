@@ -385,20 +385,43 @@ def test_a_memory_knows_the_training_texts_and_learns(tmp_path, tiny_parent, pai
 
 def test_translations_are_learned_while_texts_keep_their_vectors(tmp_path, tiny_parent, corpus):
     """One command teaches a parent what it lacks, and leaves the first column's kind of text as it was."""
-    rows = [(text, " ".join(reversed(text.split())).upper()) for text in corpus[:80]]
-    file = tmp_path / "translations.tsv"
-    file.write_text("\n".join(["anchor\tpositive", *("\t".join(row) for row in rows)]) + "\n", encoding="utf-8")
+    rows = [{"anchor": text, "positive": " ".join(reversed(text.split()))[::-1]} for text in corpus[:80]]
+    file = tmp_path / "translations.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 100, "n_group": 2, "num_experts": 2}
     train([*words(tmp_path / "out", tiny_parent, file, **options), "--preserve"])
     encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
     parent = SentenceTransformer(str(tiny_parent), device="cpu")
     assert encoder.config.preserve_first_group
-    assert torch.equal(encoder.embeddings.word_embeddings.weight, parent[0].model.embeddings.word_embeddings.weight)
-    experts = encoder.layers[encoder.config.sparse_layers[0]].mlp.experts.up_proj
-    assert not torch.equal(experts[0], experts[1])
+    dense = parent[0].model
+    assert torch.equal(encoder.embeddings.word_embeddings.weight, dense.embeddings.word_embeddings.weight)
+    (layer,) = encoder.config.sparse_layers
+    block = encoder.layers[layer].mlp
+    up = dense.encoder.layer[layer].intermediate.dense.weight
+    width = block.experts.up_proj.shape[1]
+    assert torch.equal(torch.cat([block.shared_expert.up_proj.weight, block.experts.up_proj[0]]), up)
+    assert not torch.equal(block.experts.up_proj[1], up[-width:])
+    assert encoder.ngram_memory.rows.any()
 
 
-def test_weight_decay_would_change_what_is_preserved(tmp_path, tiny_parent, pairs_file):
-    line = words(tmp_path / "out", tiny_parent, pairs_file, weight_decay=0.01, n_group=2, num_experts=2)
-    with pytest.raises(ValueError, match=r"weight_decay=0.01 would shrink .*allowed: 0"):
-        train([*line, "--preserve"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_decay": 0.01}, r"weight_decay=0.01 .*allowed: 0"),
+        ({"lora_rank": 2}, r"lora_rank=2 .*allowed: 0"),
+        ({"objective": "mlm"}, r"objective='mlm' .*allowed: 'embedding'"),
+    ],
+)
+def test_what_would_move_preserved_texts_is_refused(options, message, tmp_path, tiny_parent, pairs_file, corpus):
+    """Also when a saved mixture is trained further, which carries the promise in its configuration."""
+    mixture = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:80])
+    mixture.save_pretrained(str(tmp_path / "mixture"))
+    given = {"columns": ["anchor"]} if options.get("objective") else {}
+    with pytest.raises(ValueError, match=message):
+        train(words(tmp_path / "out", tmp_path / "mixture", pairs_file, **options, **given))
+
+
+def test_a_mixture_that_preserves_nothing_cannot_be_told_to(tmp_path, tiny_parent, pairs_file):
+    upcycle(str(tiny_parent)).save_pretrained(str(tmp_path / "mixture"))
+    with pytest.raises(ValueError, match=r"preserve=True with model=.*allowed: a dense model, or"):
+        train([*words(tmp_path / "out", tmp_path / "mixture", pairs_file), "--preserve"])

@@ -161,9 +161,9 @@ class TrainOptions:
         if self.ngram_memory_size and self.objective == "mlm":
             _require(False, "ngram_memory_size", self.ngram_memory_size, "0 with objective='mlm'")
         if self.preserve:
-            _require(self.objective == "embedding", "preserve", self.preserve, "False with objective='mlm'")
-            _require(not self.lora_rank, "lora_rank", self.lora_rank, "0 with preserve: adapters would change it")
-            _require(self.curriculum is None, "curriculum", self.curriculum, "None with preserve, which says what learns")
+            refuse_to_move_preserved(self)
+        if self.loss == "translation" and self.columns:
+            _require(len(self.columns) == 2, "columns", self.columns, "two with loss='translation': text, translation")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
 
@@ -251,3 +251,20 @@ def _fits(value: Any, kind: Any) -> bool:
 def _require(holds: bool, option: str, value: object, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{option}={value!r} is not possible; allowed: {allowed}.")
+
+
+def refuse_to_move_preserved(options: TrainOptions, weight_decay: float = 0.0) -> None:
+    """Refuse what would move the vectors of preserved texts.
+
+    Args:
+        options: Of a run on a mixture that preserves its first group.
+        weight_decay: Of the optimizer, which shrinks weights without a gradient.
+
+    Raises:
+        ValueError: An objective, adapters, phases or a weight decay that would.
+    """
+    why = "a mixture that preserves texts"
+    _require(options.objective == "embedding", "objective", options.objective, f"'embedding' for {why}")
+    _require(not options.lora_rank, "lora_rank", options.lora_rank, f"0 for {why}")
+    _require(options.curriculum is None, "curriculum", options.curriculum, f"None for {why}")
+    _require(not weight_decay, "weight_decay", weight_decay, f"0 for {why}")

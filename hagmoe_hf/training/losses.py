@@ -25,7 +25,7 @@ class LossKind:
         needs_label: Whether rows carry a number.
         compares_rows: Whether a row's loss depends on the other rows of its batch.
         needs_teacher: Whether labels are a teacher's vectors.
-        needs_first: Whether those of the first column are enough.
+        first_column_only: Whether those are of the first column alone.
     """
 
     make: Callable[..., nn.Module]
@@ -33,7 +33,7 @@ class LossKind:
     needs_label: bool = False
     compares_rows: bool = False
     needs_teacher: bool = False
-    needs_first: bool = False
+    first_column_only: bool = False
 
 
 class SimilarityDistillationLoss(nn.Module):
@@ -116,7 +116,7 @@ LOSSES: dict[str, LossKind] = {
     "contrastive": LossKind(library.ContrastiveLoss, SCORED_PAIR, needs_label=True),
     "cosine_similarity": LossKind(library.CosineSimilarityLoss, SCORED_PAIR, needs_label=True),
     "distill_mse": LossKind(library.MSELoss, PAIR, needs_teacher=True),
-    "translation": LossKind(TranslationLoss, PAIR, compares_rows=True, needs_teacher=True, needs_first=True),
+    "translation": LossKind(TranslationLoss, PAIR, compares_rows=True, needs_teacher=True, first_column_only=True),
     "distill_kl": LossKind(SimilarityDistillationLoss, PAIR, compares_rows=True, needs_teacher=True),
 }
 
@@ -178,7 +178,7 @@ def with_teacher_vectors(
         )
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        columns = list(batch.values())[: 1 if LOSSES[name].needs_first else None]
+        columns = list(batch.values())[: 1 if LOSSES[name].first_column_only else None]
         vectors = [teacher.encode(texts, batch_size=batch_size, show_progress_bar=False) for texts in columns]
         return {LABEL: [list(row) for row in zip(*vectors, strict=True)]}
 

@@ -27,7 +27,7 @@ from ..configuration_hagmoe import HagMoeConfig
 from ..files import new_folder
 from ..modeling_hagmoe import HagMoeForMaskedLM, HagMoePreTrainedModel
 from ..upcycling import upcycle
-from .arguments import PRESET_FOLDER, TrainOptions
+from .arguments import PRESET_FOLDER, TrainOptions, refuse_to_move_preserved
 from .curriculum import CurriculumCallback
 from .data import load_rows, text_length
 from .output import save_whole, say, write_report
@@ -77,6 +77,8 @@ def train_masked_lm(
     write_report(arguments, report)
     tokenizer = _tokenizer(options, arguments, rows["text"], final.parent / TOKENIZER_FOLDER)
     model = _load_model(options, arguments, tokenizer)
+    if model.config.preserve_first_group:
+        refuse_to_move_preserved(options, arguments.weight_decay)
     if options.freeze:
         say(arguments, f"Frozen: {len(freeze(model, options.freeze))} parameters")
     length = text_length(options.max_length, model.config)

@@ -18,7 +18,7 @@ from .. import sentence
 from ..files import new_folder
 from ..modeling_hagmoe import HagMoePreTrainedModel
 from ..upcycling import freeze_preserved, upcycle
-from .arguments import TrainOptions, parse
+from .arguments import TrainOptions, parse, refuse_to_move_preserved
 from .curriculum import CurriculumCallback, read_curriculum
 from .data import LABEL, DataReport, load_rows, refuse_too_small, text_length
 from .lora import add_lora, merge_lora
@@ -247,7 +247,7 @@ def _load_model(
             learned = [text for row in rows for text in (row[1:] if options.preserve else row)]
             if options.preserve:
                 more["preserved_texts"] = [row[0] for row in rows]
-                texts = learned
+                texts = [text for item in texts for text in item[1:]] if texts else learned
             if options.ngram_memory_size:
                 more["ngram_texts"] = learned
                 more["ngram_memory_size"] = options.ngram_memory_size
@@ -257,12 +257,16 @@ def _load_model(
             model = _saved_base(model, arguments, output / BASE_FOLDER)
     if options.max_length is not None:
         model.max_seq_length = text_length(options.max_length, sentence.encoder_of(model).config)
+    if sentence.encoder_of(model).config.preserve_first_group:
+        refuse_to_move_preserved(options, arguments.weight_decay)
+        freeze_preserved(model)
+    elif options.preserve:
+        raise ValueError(
+            f"preserve=True with model={options.model!r}, a mixture that preserves nothing; allowed: a dense model, or a "
+            "mixture that was upcycled with preserved_texts."
+        )
     if options.lora_rank:
         add_lora(sentence.encoder_of(model), options.lora_rank, options.lora_alpha, options.lora_targets)
-    if sentence.encoder_of(model).config.preserve_first_group:
-        if arguments.weight_decay:
-            raise ValueError(f"weight_decay={arguments.weight_decay} would shrink experts that are preserved; allowed: 0.")
-        freeze_preserved(model)
     if options.freeze:
         frozen = freeze(model, options.freeze)
         say(arguments, f"Frozen: {len(frozen)} parameters")

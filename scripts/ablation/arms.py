@@ -216,7 +216,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         Arm("unigrams", "the same for single tokens only", upcycling={"sparse_layers": []}, **{**MEMORY, "memory_order": 1}),
         replace(
             CALIBRATED,
-            name="hag-memory",
+            name="hag-memory-one-rate",
             about="the default, gates from pairs, and a memory",
             paired=True,
             memory=65536,

@@ -76,7 +76,7 @@ BUDGETS = {
         # For a CPU: what does training cost in domains of which it saw nothing?
         Budget("left-out", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, left_out=LEFT_OUT),
         # For a CPU: an English parent learns other languages; what does it cost in English?
-        Budget("languages", 300, 64, 32, (1e-4, 3e-4), (0, 1, 2), 200, 3, left_out_languages=("en",), translated=TRANSLATED),
+        Budget("languages", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, left_out_languages=("en",), translated=TRANSLATED),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

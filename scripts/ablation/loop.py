@@ -27,9 +27,9 @@ from ablation.models import build, mixture, parameter_groups
 from ablation.routers import EXPERT_OF_DOMAIN, FixedRouter
 from ablation.scoring import dev_scores
 from hagmoe_hf import sentence
+from hagmoe_hf.training.losses import TranslationLoss
 from hagmoe_hf.training.router_callback import RouterCallback
 
-IMITATION = 5.0  # weight of a translation's distance from its target, 1 - cosine
 SCALE = 20.0  # of cosines, as in MultipleNegativesRankingLoss
 LARGEST_GRADIENT = 1.0
 CHECKPOINT_SECONDS = 120
@@ -62,16 +62,10 @@ class Contrastive(nn.Module):
         return loss
 
     def translations(self, features: list[dict[str, Tensor]]) -> Tensor:
-        """A scalar for the features of English texts and of their translations, whose target is the parent's vector.
-
-        Source: multilingual distillation, arXiv 2004.09813, with in-batch InfoNCE towards the targets beside it.
-        """
+        """A scalar for the features of English texts and of their translations, whose target is the parent's vector."""
         with torch.no_grad():
             target_BD = self.vectors(self.parent, features[0])
-        english_BD, other_BD = (self.vectors(self.model, part) for part in features)
-        logits = SCALE * other_BD @ target_BD.T
-        loss = F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-        return loss + IMITATION * sum(1 - (student * target_BD).sum(-1).mean() for student in (english_BD, other_BD))
+        return TranslationLoss(self.model)(features, target_BD.unsqueeze(1))
 
     def similarities(self, model: SentenceTransformer, features: list[dict[str, Tensor]]) -> Tensor:
         """(B, B) scaled cosines, under autocast in its dtype, as in MultipleNegativesRankingLoss."""
@@ -179,6 +173,7 @@ class Trainee:
                 router.expert = experts
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.budget.bfloat16):
             features = pairs.features(rows)
+            # Batches of one domain: budgets with translations have no others
             domain = pairs.domains[np.searchsorted(pairs.first_rows, rows[0], side="right") - 1]
             loss = self.loss.translations(features) if domain in setting.budget.translated else self.loss(features)
         loss.backward()

@@ -51,8 +51,6 @@ def _let_all_learn(model: SentenceTransformer) -> None:
     """Undo what preserves texts, but for where the gates and the memory start."""
     encoder = sentence.encoder_of(model)
     encoder.config.preserve_first_group = False
-    for layer in encoder.config.sparse_layers:
-        encoder.layers[layer].mlp.preserved_experts = 0
     prepared(model.requires_grad_(True))
 
 
