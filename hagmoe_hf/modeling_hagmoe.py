@@ -206,8 +206,8 @@ class HagMoeNgramMemory(nn.Module):
         """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
         # (order, B, L): all lengths at once, since a query's time goes into small operations
         found = torch.stack(ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced()))
-        found = found * (self.counts[(found - 1).clamp(min=0)] > 0)
-        states = F.embedding(found, self.rows, padding_idx=0).sum(dim=0)
+        is_learned = (found > 0) & (self.counts[(found - 1).clamp(min=0)] > 0)
+        states = (F.embedding(found, self.rows, padding_idx=0) * is_learned.unsqueeze(-1)).sum(dim=0)
         if not torch.is_grad_enabled():
             return states * self.config.ngram_memory_scale
         # Only forward: Adam divides by a gradient's size in any case, and the norm that it is clipped by must not grow
