@@ -117,16 +117,14 @@ def calibrate(
     kept.sort(key=lambda text_and_item: len(text_and_item[0]))  # so little of a batch is padding
     item_N = torch.tensor([place for _, place in kept])
     inputs = _router_inputs(mixture, tokenize, [text for text, _ in kept], generator)
-    starts, opened = zip(
-        *(
-            _start_router(layer, router, seen, item_N, generator)
-            for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
-        ),
-        strict=True,
-    )
+    started = [
+        _start_router(layer, router, seen, item_N, generator)
+        for layer, (router, seen) in zip(mixture.config.sparse_layers, inputs.items(), strict=True)
+    ]
+    starts = tuple(start for start, _ in started)
     if not preserved:
         return Calibration(len(kept), starts)
-    is_preserved_N, opens_first_LN = item_N == PRESERVED, torch.stack(opened)
+    is_preserved_N, opens_first_LN = item_N == PRESERVED, torch.stack([opened_N for _, opened_N in started])
     stay = opens_first_LN.all(0)[is_preserved_N].float().mean()
     leave = 1 - opens_first_LN.any(0)[~is_preserved_N].float().mean()
     return Calibration(len(kept), starts, float(stay), float(leave))

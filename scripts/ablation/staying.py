@@ -3,10 +3,9 @@
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
-from torch.nn import functional as F
 
 from ablation.inputs import Pairs, languages_of_columns
+from ablation.loop import Contrastive
 
 BATCH_SIZE = 64
 ROUNDING = 1e-5  # two implementations of one model differ by less
@@ -36,7 +35,7 @@ def staying(
             mine = rows[languages[rows] == language]
             for first in range(0, len(mine), BATCH_SIZE):
                 features = dev.features(mine[first : first + BATCH_SIZE])[column]
-                now, then = (_vectors(one, features) for one in (model, parent))
+                now, then = (Contrastive.vectors(one.eval(), features) for one in (model, parent))
                 moved.append((now - then).abs().amax(-1))
                 cosines.append((now * then).sum(-1))
         if moved:
@@ -47,7 +46,3 @@ def staying(
                 "texts": len(unchanged),
             }
     return found
-
-
-def _vectors(model: SentenceTransformer, features: dict[str, Tensor]) -> Tensor:
-    return F.normalize(model.eval()(dict(features))["sentence_embedding"].float(), dim=-1)
