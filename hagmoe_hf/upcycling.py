@@ -18,7 +18,6 @@ from typing import Any, TypeAlias, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -36,13 +35,11 @@ from .calibration import Calibration, Tokenize, calibrate
 from .configuration_hagmoe import WIDTH_MULTIPLE, HagMoeConfig, default_mlp_layer_types
 from .families import FAMILIES, Family, KeyRules
 from .model_card import upcycled_card
-from .modeling_hagmoe import HagMoeModel, HagMoeNgramMemory, HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
-from .ngrams_hagmoe import frequent_ngrams
+from .modeling_hagmoe import HagMoeModel, HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
+from .ngram_memory import count_ngrams, give_memory
 
 StateDict: TypeAlias = dict[str, Tensor]
 CALIBRATION_LENGTH = 128  # tokens; what a text is about shows in its beginning
-COUNTED_AT_ONCE = 10_000  # texts, so that a bar can move
-LEAST_COUNT = 3  # of an n-gram in the user's texts; a row that is met less often learns nothing
 
 
 @dataclass(frozen=True)
@@ -211,16 +208,15 @@ def upcycle(
                 f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: the "
                 "others' texts in one of these."
             )
-        if counted is None and sparse_layers == []:
-            raise ValueError(
-                "sparse_layers=[] and ngram_texts=None with preserved_texts: nothing learns; allowed: one of them."
-            )
 
     def upcycle_model(dense: PreTrainedModel) -> HagMoePreTrainedModel:
-        ngrams = None if counted is None else _frequent_ngrams(given, dense, counted, kept, int(ngram_memory_size))
         mixture: Any = _upcycle_model(dense, sparse_layers, shared_expert_fraction, options, seed)
-        if ngrams is not None:
-            give_memory(mixture, *ngrams)
+        if kept is not None and counted is None and not mixture.config.sparse_layers:
+            raise ValueError("sparse_layers=[] and ngram_texts=None with preserved_texts: nothing learns; allowed: one.")
+        if counted is not None:
+            longest = getattr(given, "max_seq_length", None) or dense.config.max_position_embeddings
+            tokenizer = _tokenizer_of(given, "ngram_texts")
+            give_memory(mixture, *count_ngrams(tokenizer, longest, counted, kept, int(ngram_memory_size)))
         if texts is not None and mixture.config.sparse_layers:
             calibration = calibrate(mixture, _tokenize_for(given, mixture), texts, seed, kept or (), argument)
             mixture.upcycling_report = replace(mixture.upcycling_report, calibration=calibration)
@@ -267,36 +263,6 @@ def _single_texts(argument: str, items: list[str | Sequence[str]]) -> list[str]:
     return cast(list[str], texts)
 
 
-def _frequent_ngrams(
-    given: Any, dense: PreTrainedModel, texts: list[str], preserved: list[str] | None, most: int
-) -> tuple[Tensor, Tensor]:
-    """Names and counts of the most frequent n-grams of these texts, without those that occur in preserved ones."""
-    tokenizer = _tokenizer_of(given, "ngram_texts")
-    longest = getattr(given, "max_seq_length", None) or dense.config.max_position_embeddings
-
-    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids: list[Tensor] = []
-        lengths: list[int] = []
-        for first in tqdm(range(0, len(texts), COUNTED_AT_ONCE), desc="Counting n-grams", leave=False):
-            encoded = tokenizer(texts[first : first + COUNTED_AT_ONCE], truncation=True, max_length=longest)["input_ids"]
-            lengths += map(len, encoded)
-            ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
-        return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]), torch.tensor(lengths, dtype=torch.int64)
-
-    others = None if preserved is None else tokens(preserved)
-    order = HagMoeConfig.ngram_memory_order
-    names, counts = frequent_ngrams(*tokens(texts), tokenizer.all_special_ids, most, order, LEAST_COUNT, others)
-    if not len(names):
-        raise ValueError(
-            f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "
-            "will be trained on, or None for no memory."
-            if preserved is None
-            else f"ngram_texts holds {len(texts)} texts without an n-gram that occurs {LEAST_COUNT} times and never in "
-            f"the {len(preserved)} preserved_texts; allowed: texts of another kind than those, or None for no memory."
-        )
-    return names, counts
-
-
 def freeze_preserved(mixture: torch.nn.Module) -> None:
     """Freeze all but the memory and the routed experts, of which preserved texts pass only those that learn nothing.
 
@@ -317,28 +283,6 @@ def freeze_preserved(mixture: torch.nn.Module) -> None:
     for name, parameter in mixture.named_parameters():
         if ".experts." not in name and not name.endswith("ngram_memory.rows"):
             parameter.requires_grad_(False)
-
-
-def give_memory(mixture: HagMoePreTrainedModel, names: Tensor, counts: Tensor) -> None:
-    """Give a mixture a memory whose rows are 0, so that its outputs stay what they are.
-
-    Args:
-        mixture: A HAG-MoE without a memory, or with one that is to begin anew.
-        names: (N,) int64, the n-grams that it knows.
-        counts: (N,) int64, how often they occurred; `frequent_ngrams` gives both.
-    """
-    encoder = cast(HagMoeModel, mixture.base_model)
-    mixture.config.ngram_memory_size = len(names)
-    memory = HagMoeNgramMemory(mixture.config)
-    torch.nn.init.zeros_(memory.rows)
-    memory.names.copy_(names)
-    memory.counts.copy_(counts)
-    encoder.ngram_memory = memory.to(device=mixture.device, dtype=mixture.dtype)
-    if report := getattr(mixture, "upcycling_report", None):
-        rows = ("ngram_memory.rows", memory.rows.numel())
-        total = mixture.num_parameters()
-        known = int((counts > 0).sum())
-        mixture.upcycling_report = replace(report, new=(*report.new, rows), total_parameters=total, ngrams=known)
 
 
 def _tokenizer_of(given: Any, argument: str) -> Any:

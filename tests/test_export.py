@@ -21,8 +21,8 @@ from hagmoe_hf import export as export_room
 from hagmoe_hf.cli.main import main
 from hagmoe_hf.export import FLOAT_FILE, INT8_FILE, OPENVINO_FILE, export, load, unrolled_experts_forward
 from hagmoe_hf.modeling_hagmoe import HagMoeGate
+from hagmoe_hf.ngram_memory import give_memory
 from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
-from hagmoe_hf.upcycling import give_memory
 
 EXPORTED = {
     "groups by sequence": {},

@@ -23,8 +23,9 @@ from ablation.budgets import TRANSLATED, Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
 from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.files import new_folder
+from hagmoe_hf.ngram_memory import LEAST_COUNT
 from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
-from hagmoe_hf.upcycling import CALIBRATION_LENGTH, LEAST_COUNT
+from hagmoe_hf.upcycling import CALIBRATION_LENGTH
 
 COLUMNS = ("anchor", "positive")
 DEV_ROWS, CALIBRATION_ROWS = 200, 600  # per domain, at most

@@ -11,7 +11,8 @@ from ablation.arms import Arm
 from ablation.inputs import texts_by_language, training_ngrams
 from ablation.routers import fix_routing, start_subjects
 from hagmoe_hf import sentence, upcycle
-from hagmoe_hf.upcycling import freeze_preserved, give_memory
+from hagmoe_hf.ngram_memory import give_memory
+from hagmoe_hf.upcycling import freeze_preserved
 
 NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
 
