@@ -30,6 +30,7 @@ RANKS = {
     "importing": 2,
     "hub": 2,
     "calibration": 2,
+    "ngram_memory": 2,
     "upcycling": 3,
     "evaluation": 4,
     "export": 4,
