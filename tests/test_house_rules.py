@@ -31,6 +31,7 @@ RANKS = {
     "hub": 2,
     "calibration": 2,
     "ngram_memory": 2,
+    "translations": 2,
     "upcycling": 3,
     "evaluation": 4,
     "export": 4,

@@ -33,6 +33,7 @@ class Arm:
         memory: Most n-grams of the training pairs in an n-gram memory; 0 for none.
         memory_order: Tokens of the longest of them.
         memory_scale: How many times as fast as the learning rate the memory learns.
+        fitted: Whether the memory starts from translations, by least squares.
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
         all_learn: Whether more learns than the memory and the other groups' experts, where a language is preserved.
     """
@@ -59,6 +60,7 @@ class Arm:
     memory: int = 0
     memory_order: int = 4
     memory_scale: float = 100.0
+    fitted: bool = False
     preserved: str = ""
     all_learn: bool = False
 
@@ -121,6 +123,14 @@ LANGUAGES = Arm(
     expert_rate=2.0,
     memory=65536,
     preserved="en",
+)
+
+TRANSLATIONS = replace(
+    LANGUAGES,
+    name="hag-translations",
+    about="English keeps the parent's experts; a group for other languages, and a memory that starts from translations",
+    expert_rate=4.0,
+    fitted=True,
 )
 
 MEMORY: Mapping[str, Any] = {"memory": 65536, "balancing": None}
@@ -246,6 +256,28 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             LANGUAGES,
             name="memory-languages",
             about="the parent with a memory alone, of n-grams that English does not have",
+            upcycling={"sparse_layers": []},
+        ),
+    ),
+    # The same with a memory that starts from translations
+    7: (
+        DENSE,
+        TRANSLATIONS,
+        replace(
+            TRANSLATIONS,
+            name="hag-translations-all",
+            about="the same groups and memory, and all weights learn, but for gates and embeddings",
+            expert_rate=2.0,
+            frozen_gates=1.0,
+            all_learn=True,
+        ),
+        replace(
+            TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False
+        ),
+        replace(
+            TRANSLATIONS,
+            name="memory-translations",
+            about="the parent with that memory alone, which learns on",
             upcycling={"sparse_layers": []},
         ),
     ),

@@ -26,6 +26,7 @@ class Budget:
         left_out_languages: Likewise.
         translated: Domains of translations from English: of both texts of such a pair the target is the parent's vector of
             the English one.
+        distillation: Weight of the parent's similarities in every arm's loss, but for translations; an arm may have its own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Budget:
     left_out: tuple[str, ...] = ()
     left_out_languages: tuple[str, ...] = ()
     translated: tuple[str, ...] = ()
+    distillation: float = 0.0
 
     @property
     def pairs_before(self) -> int:
@@ -77,6 +79,22 @@ BUDGETS = {
         Budget("left-out", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, bfloat16=True, left_out=LEFT_OUT),
         # For a CPU: an English parent learns other languages; what does it cost in English?
         Budget("languages", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, left_out_languages=("en",), translated=TRANSLATED),
+        # Domains drawn by size, so that most pairs are translations, and the parent's similarities kept in the others
+        Budget(
+            "translations",
+            400,
+            64,
+            32,
+            (1e-4,),
+            (0, 1, 2),
+            200,
+            4,
+            temperature=1.0,
+            bfloat16=True,
+            left_out_languages=("en",),
+            translated=TRANSLATED,
+            distillation=1.0,
+        ),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

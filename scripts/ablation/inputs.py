@@ -228,6 +228,19 @@ def training_ngrams(folder: Path, most: int, order: int, preserved: str = "") ->
     return frequent_ngrams(ids_T, length_N, special, most, order, LEAST_COUNT, (kept_ids_T, kept_length_N))
 
 
+def training_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Ids and lengths of the English texts of all training pairs that are translations, and those of the others."""
+    pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
+    is_translated_P = torch.zeros(pairs.first_rows[-1], dtype=torch.bool)
+    for domain, name in enumerate(pairs.domains):
+        is_translated_P[slice(*pairs.first_rows[domain : domain + 2])] = name in TRANSLATED
+    found = []
+    for texts in pairs.columns:
+        length_P = torch.from_numpy(texts.lengths)
+        found.append((texts.ids[torch.repeat_interleave(is_translated_P, length_P)].long(), length_P[is_translated_P]))
+    return found
+
+
 def languages_of_columns(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """(pairs,) the languages of anchors, which are English where the positives translate them, and those of positives."""
     anchors = pairs.languages.copy()

@@ -139,9 +139,10 @@ class Trainee:
         arm = setting.arm
         groups = parameter_groups(model, arm)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
-        imitates = bool(arm.distillation or setting.budget.translated)
+        distillation = arm.distillation or setting.budget.distillation
+        imitates = bool(distillation or setting.budget.translated)
         parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if imitates else None
-        self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), arm.distillation)
+        self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), distillation)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.average = [parameter.detach().clone() for parameter in self.trained] if arm.average else []
         for group in groups if arm.shared_gradient else ():

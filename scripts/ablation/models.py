@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from ablation.arms import Arm
-from ablation.inputs import texts_by_language, training_ngrams
+from ablation.inputs import texts_by_language, training_ngrams, training_translations
 from ablation.routers import fix_routing, start_subjects
 from hagmoe_hf import sentence, upcycle
 from hagmoe_hf.ngram_memory import give_memory
+from hagmoe_hf.translations import fit_rows
 from hagmoe_hf.upcycling import freeze_preserved
 
+FEW_TEXTS = 64  # start gates that are going to be replaced
 NOISE = 0.5  # of a widening neuron, against the spread of the parent's weights
 
 
@@ -23,7 +25,7 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
     Args:
         arm: What to build.
         parent: Folder of the dense SentenceTransformer, inside the one that `prepare` made.
-        calibration_pairs: For arms whose gates start from texts.
+        calibration_pairs: For arms whose gates start from texts; none where other weights take their place.
         seed: Of new weights.
         device: Like "cpu" or "cuda".
     """
@@ -34,6 +36,8 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         return prepared(dense)
     if arm.preserved:
         own, others = texts_by_language(parent.parent, arm.preserved)
+        if not calibration_pairs:
+            own, others = own[:FEW_TEXTS], others[:FEW_TEXTS]
         model = upcycle(dense, seed=seed, calibration_texts=others, preserved_texts=own, **arm.upcycling)
     else:
         model = mixture(arm, dense, calibration_pairs, seed)
@@ -41,6 +45,9 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         encoder = sentence.encoder_of(model)
         encoder.config.ngram_memory_scale = arm.memory_scale
         give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved))
+        if arm.fitted and calibration_pairs:
+            special_ids = dense.tokenizer.all_special_ids
+            print(fit_rows(encoder, *training_translations(parent.parent), special_ids), flush=True)
     if arm.preserved and not arm.all_learn:
         freeze_preserved(model)
     elif arm.preserved:

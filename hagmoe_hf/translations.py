@@ -1,0 +1,198 @@
+"""From translations to the rows of a memory, by least squares instead of by training.
+
+Axes:  T tokens of all texts of a chunk, one text after the other   P pairs   N rows of the memory   D width
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import sentence
+from .modeling_hagmoe import HagMoeModel
+from .ngrams_hagmoe import ngram_rows
+
+PENALTY = 3.0
+CHUNK = 1024  # texts at a time
+MOST_ITERATIONS = 50
+SMALL_ENOUGH = 1e-3  # norm of the residual against its first one
+
+
+TokenizedTexts = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TranslationFit:
+    """What fitting came to.
+
+    Attributes:
+        pairs: Translations that were used: both texts hold words.
+        rows: N-grams of the memory that occur in them.
+        before: Mean squared distance between the mean embeddings of a text and of its translation, over D.
+        after: The same with the memory.
+    """
+
+    pairs: int
+    rows: int
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        return (
+            f"Fitted {self.rows:,} n-grams to {self.pairs:,} translations: mean embeddings {self.before:.4g} apart, "
+            f"squared, before, {self.after:.4g} after"
+        )
+
+
+def fit_translations(model: Any, pairs: Iterable[Sequence[str]], *, penalty: float = PENALTY) -> TranslationFit:
+    """Start a memory where translations start: their mean embedding becomes that of the texts that they translate.
+
+    Ridge regression over all pairs at once, which takes seconds where training takes hours, and is where training then goes on
+    from. Vectors of texts that hold n-grams of the memory change; others do not.
+
+    Args:
+        model: A mixture with a memory (`upcycle(..., ngram_texts=...)`), around its tokenizer: a `SentenceTransformer` or
+            another of its kind. Best with `preserved_texts`: then no n-gram of the texts that stay has a row.
+        pairs: Texts that the model understands, each with a translation.
+        penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n tokens
+            gets half of what these pairs alone would give it where P / n is `penalty`.
+
+    Returns:
+        What came of it. The rows are in the model, in place of those that were there.
+
+    Raises:
+        ValueError: A model without a memory, no pair, what is no pair of texts, a penalty that is not over 0.
+
+    Source: ridge regression; what it is a start for, multilingual distillation, arXiv 2004.09813.
+    """
+    encoder: Any = sentence.encoder_of(model)
+    if not isinstance(encoder, HagMoeModel) or encoder.ngram_memory is None:
+        raise ValueError(
+            f"{type(encoder).__name__} has no memory to fit; allowed: mixtures that were upcycled with ngram_texts."
+        )
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+        raise ValueError(f"penalty={penalty!r} is not possible; allowed: a number over 0.")
+    texts, translations = _checked(pairs)
+    longest = model.max_seq_length or encoder.config.max_text_length
+
+    def tokens(texts: list[str]) -> TokenizedTexts:
+        ids: list[Tensor] = []
+        lengths: list[int] = []
+        for first in tqdm(range(0, len(texts), CHUNK), desc="Tokenizing", leave=False):
+            encoded = model.tokenizer(texts[first : first + CHUNK], truncation=True, max_length=longest)["input_ids"]
+            lengths += map(len, encoded)
+            ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
+        return torch.cat(ids), torch.tensor(lengths, dtype=torch.int64)
+
+    return fit_rows(encoder, tokens(texts), tokens(translations), model.tokenizer.all_special_ids, penalty)
+
+
+@torch.no_grad()
+def fit_rows(
+    encoder: HagMoeModel,
+    texts: TokenizedTexts,
+    translations: TokenizedTexts,
+    special_ids: Sequence[int],
+    penalty: float = PENALTY,
+) -> TranslationFit:
+    """`fit_translations` for texts that are token ids already.
+
+    Args:
+        encoder: A mixture with a memory.
+        texts: Ids (T,) int64 of P texts, one after the other, and their lengths (P,) int64.
+        translations: Likewise, in the same order.
+        special_ids: Tokens that stand for no word.
+        penalty: See there.
+    """
+    memory = encoder.ngram_memory
+    assert memory is not None
+    was_training = encoder.training
+    encoder.eval()  # no dropout
+    wanted_PD, wanted_words_P, _, _ = _read(encoder, *texts, special_ids, "Reading texts")
+    found_PD, words_P, pair_M, row_M = _read(encoder, *translations, special_ids, "Reading translations")
+    encoder.train(was_training)
+    is_used_P = (wanted_words_P > 0) & (words_P > 0)
+    away_PD = (wanted_PD - found_PD) * is_used_P.unsqueeze(-1)
+    pair_M, row_M = pair_M[is_used_P[pair_M]], row_M[is_used_P[pair_M]]
+    # A mean over n words is known about n times as well as one word, so its square counts n times
+    weight_P = words_P.sqrt()
+    counts_PN = torch.sparse_coo_tensor(
+        torch.stack([pair_M, row_M]), 1 / weight_P[pair_M], (len(words_P), len(memory.rows)), check_invariants=False
+    ).coalesce()
+    rows_ND = _ridge(counts_PN, away_PD * weight_P.unsqueeze(-1), penalty)
+    memory.rows.copy_(rows_ND / encoder.config.ngram_memory_scale)
+    left_PD = away_PD - torch.sparse.mm(counts_PN, rows_ND) / weight_P.clamp(min=1).unsqueeze(-1)
+    used = int(is_used_P.sum())
+    before, after = (
+        float(distance_PD.square().sum()) / max(1, used * rows_ND.shape[1]) for distance_PD in (away_PD, left_PD)
+    )
+    return TranslationFit(used, len(row_M.unique()), before, after)
+
+
+def _checked(pairs: Iterable[Sequence[str]]) -> tuple[list[str], list[str]]:
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError("pairs holds nothing; allowed: texts, each with a translation.")
+    for place, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"pair {place} is {pair!r}; allowed: a text and its translation.")
+    texts, translations = zip(*pairs, strict=True)
+    return list(texts), list(translations)
+
+
+def _read(
+    encoder: HagMoeModel, ids_T: Tensor, length_P: Tensor, special_ids: Sequence[int], task: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Texts -> (P, D) means of their words' embeddings, (P,) how many words; for each n-gram in them (M,) its text, its row."""
+    memory: Any = encoder.ngram_memory
+    names, counts = memory.names.cpu(), memory.counts.cpu()
+    special = torch.tensor(list(special_ids), dtype=torch.int64)
+
+    def embed(ids: Tensor, positions: Tensor) -> Tensor:
+        embeddings = encoder.embeddings
+        return embeddings(embeddings.word_embeddings(ids), torch.zeros_like(ids), positions)
+
+    first_T = length_P.cumsum(0) - length_P
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for first in tqdm(range(0, len(length_P), CHUNK), desc=task, leave=False):
+        length_C = length_P[first : first + CHUNK]
+        ids_C = ids_T[first_T[first] : first_T[first] + length_C.sum()]
+        text_C = torch.repeat_interleave(torch.arange(len(length_C)), length_C)
+        position_C = torch.arange(len(ids_C)) - (length_C.cumsum(0) - length_C)[text_C]
+        is_word_C = ~torch.isin(ids_C, special)
+        states_CD = embed(ids_C.to(encoder.device)[None], position_C.to(encoder.device)[None])[0]
+        words = torch.zeros(len(length_C)).index_add_(0, text_C, is_word_C.float())
+        total = torch.zeros(len(length_C), states_CD.shape[1])
+        total.index_add_(0, text_C, states_CD.float().cpu() * is_word_C.unsqueeze(-1))
+        found = torch.stack(ngram_rows(ids_C[None], (position_C > 0)[None], names, encoder.config.ngram_memory_order))[:, 0]
+        is_learned = (found > 0) & (counts[(found - 1).clamp(min=0)] > 0)
+        at = is_learned.nonzero(as_tuple=True)[1]
+        parts.append((total / words.clamp(min=1).unsqueeze(-1), words, text_C[at] + first, found[is_learned]))
+    means, words, texts, rows = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(words), torch.cat(texts), torch.cat(rows)
+
+
+def _ridge(counts_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:
+    """(N, D) rows R that make |counts R - target|^2 + penalty |R|^2 least: conjugate gradients, for all of D at once."""
+    counts_NP = counts_PN.t().coalesce()
+    squares_N = torch.zeros(counts_PN.shape[1]).index_add_(0, counts_PN.indices()[1], counts_PN.values().square())
+    scale_N1 = 1 / (squares_N + penalty).unsqueeze(-1)  # Jacobi preconditioning: frequent n-grams beside rare ones
+    residual_ND = torch.sparse.mm(counts_NP, target_PD)
+    rows_ND = torch.zeros_like(residual_ND)
+    first = residual_ND.norm()
+    direction_ND = scaled_ND = residual_ND * scale_N1
+    product_D = (residual_ND * scaled_ND).sum(0)
+    for _ in tqdm(range(MOST_ITERATIONS), desc="Least squares", leave=False):
+        if residual_ND.norm() <= SMALL_ENOUGH * first:
+            break
+        applied_ND = torch.sparse.mm(counts_NP, torch.sparse.mm(counts_PN, direction_ND)) + penalty * direction_ND
+        step_D = product_D / (direction_ND * applied_ND).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+        rows_ND += step_D * direction_ND
+        residual_ND = residual_ND - step_D * applied_ND
+        scaled_ND = residual_ND * scale_N1
+        last_D, product_D = product_D, (residual_ND * scaled_ND).sum(0)
+        direction_ND = scaled_ND + product_D / last_D.clamp(min=torch.finfo(torch.float32).tiny) * direction_ND
+    return rows_ND
