@@ -15,7 +15,8 @@ from . import sentence
 from .modeling_hagmoe import HagMoeModel
 from .ngrams_hagmoe import ngram_rows
 
-PENALTY = 3.0
+PENALTY = 0.1
+STRENGTH = 0.5
 CHUNK = 1024  # texts at a time
 MOST_ITERATIONS = 50
 SMALL_ENOUGH = 1e-3  # norm of the residual against its first one
@@ -47,24 +48,28 @@ class TranslationFit:
         )
 
 
-def fit_translations(model: Any, pairs: Iterable[Sequence[str]], *, penalty: float = PENALTY) -> TranslationFit:
+def fit_translations(
+    model: Any, pairs: Iterable[Sequence[str]], *, penalty: float = PENALTY, strength: float = STRENGTH
+) -> TranslationFit:
     """Start a memory where translations start: their mean embedding becomes that of the texts that they translate.
 
-    Ridge regression over all pairs at once, which takes seconds where training takes hours, and is where training then goes on
-    from. Vectors of texts that hold n-grams of the memory change; others do not.
+    Ridge regression over all pairs at once, in a minute where training takes hours; training goes on from there. Vectors of
+    texts that hold n-grams of the memory change; others do not.
 
     Args:
         model: A mixture with a memory (`upcycle(..., ngram_texts=...)`), around its tokenizer: a `SentenceTransformer` or
             another of its kind. Best with `preserved_texts`: then no n-gram of the texts that stay has a row.
         pairs: Texts that the model understands, each with a translation.
-        penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n tokens
-            gets half of what these pairs alone would give it where P / n is `penalty`.
+        penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n
+            words gets half of what these pairs alone would give it where P / n^2 is `penalty`.
+        strength: How much of the way to the fitted rows, over 0 to 1. Half of it leaves a word of its own meaning, too, where
+            the texts to come are not like the pairs.
 
     Returns:
         What came of it. The rows are in the model, in place of those that were there.
 
     Raises:
-        ValueError: A model without a memory, no pair, what is no pair of texts, a penalty that is not over 0.
+        ValueError: A model without a memory, no pair, what is no pair of texts, a penalty or strength out of its range.
 
     Source: ridge regression; what it is a start for, multilingual distillation, arXiv 2004.09813.
     """
@@ -75,6 +80,8 @@ def fit_translations(model: Any, pairs: Iterable[Sequence[str]], *, penalty: flo
         )
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
         raise ValueError(f"penalty={penalty!r} is not possible; allowed: a number over 0.")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise ValueError(f"strength={strength!r} is not possible; allowed: a number over 0, at most 1.")
     texts, translations = _checked(pairs)
     longest = model.max_seq_length or encoder.config.max_text_length
 
@@ -87,7 +94,7 @@ def fit_translations(model: Any, pairs: Iterable[Sequence[str]], *, penalty: flo
             ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
         return torch.cat(ids), torch.tensor(lengths, dtype=torch.int64)
 
-    return fit_rows(encoder, tokens(texts), tokens(translations), model.tokenizer.all_special_ids, penalty)
+    return fit_rows(encoder, tokens(texts), tokens(translations), model.tokenizer.all_special_ids, penalty, strength)
 
 
 @torch.no_grad()
@@ -97,6 +104,7 @@ def fit_rows(
     translations: TokenizedTexts,
     special_ids: Sequence[int],
     penalty: float = PENALTY,
+    strength: float = STRENGTH,
 ) -> TranslationFit:
     """`fit_translations` for texts that are token ids already.
 
@@ -106,6 +114,7 @@ def fit_rows(
         translations: Likewise, in the same order.
         special_ids: Tokens that stand for no word.
         penalty: See there.
+        strength: See there.
     """
     memory = encoder.ngram_memory
     assert memory is not None
@@ -117,14 +126,12 @@ def fit_rows(
     is_used_P = (wanted_words_P > 0) & (words_P > 0)
     away_PD = (wanted_PD - found_PD) * is_used_P.unsqueeze(-1)
     pair_M, row_M = pair_M[is_used_P[pair_M]], row_M[is_used_P[pair_M]]
-    # A mean over n words is known about n times as well as one word, so its square counts n times
-    weight_P = words_P.sqrt()
-    counts_PN = torch.sparse_coo_tensor(
-        torch.stack([pair_M, row_M]), 1 / weight_P[pair_M], (len(words_P), len(memory.rows)), check_invariants=False
+    shares_PN = torch.sparse_coo_tensor(
+        torch.stack([pair_M, row_M]), 1 / words_P[pair_M], (len(words_P), len(memory.rows)), check_invariants=False
     ).coalesce()
-    rows_ND = _ridge(counts_PN, away_PD * weight_P.unsqueeze(-1), penalty)
+    rows_ND = strength * _ridge(shares_PN, away_PD, penalty)
     memory.rows.copy_(rows_ND / encoder.config.ngram_memory_scale)
-    left_PD = away_PD - torch.sparse.mm(counts_PN, rows_ND) / weight_P.clamp(min=1).unsqueeze(-1)
+    left_PD = away_PD - torch.sparse.mm(shares_PN, rows_ND)
     used = int(is_used_P.sum())
     before, after = (
         float(distance_PD.square().sum()) / max(1, used * rows_ND.shape[1]) for distance_PD in (away_PD, left_PD)
@@ -146,7 +153,7 @@ def _checked(pairs: Iterable[Sequence[str]]) -> tuple[list[str], list[str]]:
 def _read(
     encoder: HagMoeModel, ids_T: Tensor, length_P: Tensor, special_ids: Sequence[int], task: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Texts -> (P, D) means of their words' embeddings, (P,) how many words; for each n-gram in them (M,) its text, its row."""
+    """Texts -> (P, D) means of words' embeddings, (P,) how many words; for each n-gram in them (M,) its text and its row."""
     memory: Any = encoder.ngram_memory
     names, counts = memory.names.cpu(), memory.counts.cpu()
     special = torch.tensor(list(special_ids), dtype=torch.int64)
@@ -175,12 +182,12 @@ def _read(
     return torch.cat(means), torch.cat(words), torch.cat(texts), torch.cat(rows)
 
 
-def _ridge(counts_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:
-    """(N, D) rows R that make |counts R - target|^2 + penalty |R|^2 least: conjugate gradients, for all of D at once."""
-    counts_NP = counts_PN.t().coalesce()
-    squares_N = torch.zeros(counts_PN.shape[1]).index_add_(0, counts_PN.indices()[1], counts_PN.values().square())
+def _ridge(shares_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:
+    """(N, D) rows R that make |shares R - target|^2 + penalty |R|^2 least: conjugate gradients, for all of D at once."""
+    shares_NP = shares_PN.t().coalesce()
+    squares_N = torch.zeros(shares_PN.shape[1]).index_add_(0, shares_PN.indices()[1], shares_PN.values().square())
     scale_N1 = 1 / (squares_N + penalty).unsqueeze(-1)  # Jacobi preconditioning: frequent n-grams beside rare ones
-    residual_ND = torch.sparse.mm(counts_NP, target_PD)
+    residual_ND = torch.sparse.mm(shares_NP, target_PD)
     rows_ND = torch.zeros_like(residual_ND)
     first = residual_ND.norm()
     direction_ND = scaled_ND = residual_ND * scale_N1
@@ -188,7 +195,7 @@ def _ridge(counts_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:
     for _ in tqdm(range(MOST_ITERATIONS), desc="Least squares", leave=False):
         if residual_ND.norm() <= SMALL_ENOUGH * first:
             break
-        applied_ND = torch.sparse.mm(counts_NP, torch.sparse.mm(counts_PN, direction_ND)) + penalty * direction_ND
+        applied_ND = torch.sparse.mm(shares_NP, torch.sparse.mm(shares_PN, direction_ND)) + penalty * direction_ND
         step_D = product_D / (direction_ND * applied_ND).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
         rows_ND += step_D * direction_ND
         residual_ND = residual_ND - step_D * applied_ND

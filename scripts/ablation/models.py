@@ -34,10 +34,11 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         return _with_encoder(dense, widened(sentence.encoder_of(dense), default_total(dense), seed))
     if arm.kind == "dense" or arm.dense_share:
         return prepared(dense)
-    if arm.preserved:
+    has_experts = arm.upcycling.get("sparse_layers") != []
+    if arm.preserved and has_experts:
         own, others = texts_by_language(parent.parent, arm.preserved)
-        if not calibration_pairs:
-            own, others = own[:FEW_TEXTS], others[:FEW_TEXTS]
+        kept = slice(None, None, 3) if calibration_pairs else slice(FEW_TEXTS)
+        own, others = own[kept], others[kept]
         model = upcycle(dense, seed=seed, calibration_texts=others, preserved_texts=own, **arm.upcycling)
     else:
         model = mixture(arm, dense, calibration_pairs, seed)
@@ -49,6 +50,7 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
             special_ids = dense.tokenizer.all_special_ids
             print(fit_rows(encoder, *training_translations(parent.parent), special_ids), flush=True)
     if arm.preserved and not arm.all_learn:
+        sentence.encoder_of(model).config.preserve_first_group = True  # also where no layer has groups
         freeze_preserved(model)
     elif arm.preserved:
         _let_all_learn(model)
