@@ -62,7 +62,7 @@ def fit_translations(
         pairs: Texts that the model understands, each with a translation.
         penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n
             words gets half of what these pairs alone would give it where P / n^2 is `penalty`.
-        strength: How much of the way to the fitted rows, over 0 to 1. Half of it leaves a word of its own meaning, too, where
+        strength: How much of the way to the fitted rows, over 0 to 1. Half of it leaves a word of its own meaning where
             the texts to come are not like the pairs.
 
     Returns:
