@@ -23,6 +23,7 @@ from .modeling_hagmoe import (
     HagMoeForTokenClassification,
     HagMoeModel,
 )
+from .translations import TranslationFit, fit_translations
 from .upcycling import UpcyclingReport, upcycle
 from .version import __version__
 
@@ -43,7 +44,9 @@ __all__ = [
     "HagMoeForSequenceClassification",
     "HagMoeForTokenClassification",
     "HagMoeModel",
+    "TranslationFit",
     "UpcyclingReport",
     "__version__",
+    "fit_translations",
     "upcycle",
 ]

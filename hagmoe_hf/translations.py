@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from . import sentence
 from .modeling_hagmoe import HagMoeModel
@@ -49,7 +50,12 @@ class TranslationFit:
 
 
 def fit_translations(
-    model: Any, pairs: Iterable[Sequence[str]], *, penalty: float = PENALTY, strength: float = STRENGTH
+    model: Any,
+    pairs: Iterable[Sequence[str]],
+    *,
+    penalty: float = PENALTY,
+    strength: float = STRENGTH,
+    tokenizer: Any = None,
 ) -> TranslationFit:
     """Start a memory where translations start: their mean embedding becomes that of the texts that they translate.
 
@@ -57,44 +63,49 @@ def fit_translations(
     texts that hold n-grams of the memory change; others do not.
 
     Args:
-        model: A mixture with a memory (`upcycle(..., ngram_texts=...)`), around its tokenizer: a `SentenceTransformer` or
-            another of its kind. Best with `preserved_texts`: then no n-gram of the texts that stay has a row.
+        model: A mixture with a memory (`upcycle(..., ngram_texts=...)`): a `SentenceTransformer` or another of its kind, or
+            a HAG-MoE. Best with `preserved_texts`: then no n-gram of the texts that stay has a row.
         pairs: Texts that the model understands, each with a translation.
         penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n
             words gets half of what these pairs alone would give it where P / n^2 is `penalty`.
         strength: How much of the way to the fitted rows, over 0 to 1. Half of it leaves a word of its own meaning where
             the texts to come are not like the pairs.
+        tokenizer: Of a HAG-MoE; other models have their own.
 
     Returns:
         What came of it. The rows are in the model, in place of those that were there.
 
     Raises:
-        ValueError: A model without a memory, no pair, what is no pair of texts, a penalty or strength out of its range.
+        ValueError: A model without a memory or a tokenizer, no pair, what is no pair of texts, a penalty or strength out of
+            its range.
 
     Source: ridge regression; what it is a start for, multilingual distillation, arXiv 2004.09813.
     """
-    encoder: Any = sentence.encoder_of(model)
+    encoder: Any = model.base_model if isinstance(model, PreTrainedModel) else sentence.encoder_of(model)
     if not isinstance(encoder, HagMoeModel) or encoder.ngram_memory is None:
         raise ValueError(
             f"{type(encoder).__name__} has no memory to fit; allowed: mixtures that were upcycled with ngram_texts."
         )
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ValueError(f"tokenizer=None with a {type(model).__name__}, which has none; allowed: its tokenizer.")
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
         raise ValueError(f"penalty={penalty!r} is not possible; allowed: a number over 0.")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength={strength!r} is not possible; allowed: a number over 0, at most 1.")
     texts, translations = _checked(pairs)
-    longest = model.max_seq_length or encoder.config.max_text_length
+    longest = getattr(model, "max_seq_length", None) or encoder.config.max_text_length
 
     def tokens(texts: list[str]) -> TokenizedTexts:
         ids: list[Tensor] = []
         lengths: list[int] = []
         for first in tqdm(range(0, len(texts), CHUNK), desc="Tokenizing", leave=False):
-            encoded = model.tokenizer(texts[first : first + CHUNK], truncation=True, max_length=longest)["input_ids"]
+            encoded = tokenizer(texts[first : first + CHUNK], truncation=True, max_length=longest)["input_ids"]
             lengths += map(len, encoded)
             ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
         return torch.cat(ids), torch.tensor(lengths, dtype=torch.int64)
 
-    return fit_rows(encoder, tokens(texts), tokens(translations), model.tokenizer.all_special_ids, penalty, strength)
+    return fit_rows(encoder, tokens(texts), tokens(translations), tokenizer.all_special_ids, penalty, strength)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from .. import demo as demo_room
 from ..files import new_folder, read_lines
+from ..translations import fit_translations
 from ..upcycling import upcycle as upcycle_library
 from . import evaluate as evaluate_verb
 from .analyze import analyze
@@ -91,12 +92,23 @@ def upcycle(
         Path | None,
         typer.Option(help="UTF-8 file of texts, one per line, whose vectors are to stay while the mixture learns others."),
     ] = None,
+    translations: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 file of texts, each with a tab and its translation: the memory starts where those texts start. "
+            "Where --ngram-texts are not given, it is one of the translations' n-grams."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new routers.", min=0, max=2**32 - 1)] = 0,
     allow_key_mismatch: Annotated[
         bool, typer.Option("--allow-key-mismatch", help="Go on where weights are missing or left over.")
     ] = False,
 ) -> None:
-    """Make a HAG-MoE with its parent's vectors. OUT appears whole, or not at all."""
+    """Make a HAG-MoE with its parent's vectors (but where --translations say others). OUT appears whole, or not at all."""
+    pairs = None if translations is None else _items(translations)
+    remembered = None if ngram_texts is None else _items(ngram_texts)
+    if pairs is not None and remembered is None:
+        remembered = [pair[1:] for pair in pairs]
     with new_folder(out) as folder:
         mixture = upcycle_library(
             parent,
@@ -109,18 +121,23 @@ def upcycle(
             group_routing=group_routing,
             combine_rule=combine_rule,
             calibration_texts=None if calibration_texts is None else _items(calibration_texts),
-            ngram_texts=None if ngram_texts is None else _items(ngram_texts),
+            ngram_texts=remembered,
             ngram_memory_size=ngram_memory_size,
             preserved_texts=None if preserved_texts is None else _items(preserved_texts),
             seed=seed,
             allow_key_mismatch=allow_key_mismatch,
         )
+        tokenizer = None
+        if isinstance(mixture, PreTrainedModel):  # a SentenceTransformer saves its own
+            tokenizer = AutoTokenizer.from_pretrained(parent)
+            tokenizer.save_pretrained(folder)
+        fit = None if pairs is None else fit_translations(mixture, pairs, tokenizer=tokenizer)
         mixture.save_pretrained(str(folder))
-        if isinstance(mixture, PreTrainedModel):  # a SentenceTransformer saves its own tokenizer
-            AutoTokenizer.from_pretrained(parent).save_pretrained(folder)
         report = json.dumps(mixture.upcycling_report.to_dict(), indent=2)
         (folder / "upcycling_report.json").write_text(report + "\n", encoding="utf-8")
     print(mixture.upcycling_report)
+    if fit is not None:
+        print(fit)
     print(f"Written: {out}")
 
 

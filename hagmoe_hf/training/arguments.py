@@ -90,6 +90,10 @@ class TrainOptions:
     ngram_memory_size: int = field(
         default=0, metadata=_help("Upcycling: so many n-grams that are frequent in train_data get a memory; 0 for none.")
     )
+    fit_translations: bool = field(
+        default=False,
+        metadata=_help("Upcycling, loss 'translation': start the memory from the translations, by least squares."),
+    )
 
     preserve: bool = field(
         default=False,
@@ -160,6 +164,10 @@ class TrainOptions:
             _require(False, "calibration_rows", self.calibration_rows, "0 with objective='mlm'")
         if self.ngram_memory_size and self.objective == "mlm":
             _require(False, "ngram_memory_size", self.ngram_memory_size, "0 with objective='mlm'")
+        if self.fit_translations:
+            _require(self.loss == "translation", "loss", self.loss, "'translation' with fit_translations=True")
+            size = self.ngram_memory_size
+            _require(size > 0, "ngram_memory_size", size, "an integer of at least 1 with fit_translations=True")
         if self.preserve:
             refuse_to_move_preserved(self)
         if self.loss == "translation" and self.columns:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from .. import sentence
 from ..files import new_folder
 from ..modeling_hagmoe import HagMoePreTrainedModel
+from ..translations import fit_translations
 from ..upcycling import freeze_preserved, upcycle
 from .arguments import TrainOptions, parse, refuse_to_move_preserved
 from .curriculum import CurriculumCallback, read_curriculum
@@ -253,8 +254,12 @@ def _load_model(
                 more["ngram_memory_size"] = options.ngram_memory_size
         model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **more, **options.upcycling)
         say(arguments, str(model.upcycling_report))
+        if options.fit_translations:
+            say(arguments, str(fit_translations(model, rows)))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
+    elif options.fit_translations:
+        raise ValueError(f"fit_translations=True with model={options.model!r}, a mixture already; allowed: a dense model.")
     if options.max_length is not None:
         model.max_seq_length = text_length(options.max_length, sentence.encoder_of(model).config)
     if sentence.encoder_of(model).config.preserve_first_group:
