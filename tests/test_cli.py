@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY, spread
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from hagmoe_hf import demo
 from hagmoe_hf.cli.main import main
@@ -55,6 +55,10 @@ def test_gates_start_from_a_file_of_texts(tmp_path, monkeypatch, capsys):
     assert hagmoe("upcycle", parent, tmp_path / "memory", *words, monkeypatch=monkeypatch) == 0
     assert "n-gram memory: 50 n-grams" in capsys.readouterr().out
     assert json.loads((tmp_path / "memory/config.json").read_text())["ngram_memory_size"] == 50
+    words = ("--translations", texts, "--ngram-memory-size", 50)
+    assert hagmoe("upcycle", parent, tmp_path / "fitted", *words, monkeypatch=monkeypatch) == 0
+    assert "n-grams to 30 translations" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(tmp_path / "fitted").ngram_memory.rows.any()
     stay = tmp_path / "stay.txt"
     stay.write_text("\n".join(demo.read_corpus()[0][30:60]), encoding="utf-8")
     words = ("--calibration-texts", texts, "--preserved-texts", stay)

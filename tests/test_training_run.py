@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from hagmoe_hf import HagMoeModel, sentence, upcycle
+from hagmoe_hf import HagMoeModel, fit_translations, sentence, upcycle
 from hagmoe_hf.cli.main import main as hagmoe_main
 from hagmoe_hf.hub import PICKLES
 from hagmoe_hf.training.mlm import train_tokenizer
@@ -402,6 +402,33 @@ def test_translations_are_learned_while_texts_keep_their_vectors(tmp_path, tiny_
     assert torch.equal(torch.cat([block.shared_expert.up_proj.weight, block.experts.up_proj[0]]), up)
     assert not torch.equal(block.experts.up_proj[1], up[-width:])
     assert encoder.ngram_memory.rows.any()
+
+
+def test_a_memory_starts_from_translations(tmp_path, tiny_parent, corpus):
+    """Before the first step: with a rate of next to nothing, the rows are those of the fit."""
+    pairs = [(text, text[::-1]) for text in corpus[:80]]
+    file = tmp_path / "translations.jsonl"
+    rows = [{"anchor": text, "positive": translation} for text, translation in pairs]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 100, "learning_rate": 1e-12}
+    train([*words(tmp_path / "out", tiny_parent, file, **options), "--fit_translations"])
+    trained = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu")).ngram_memory
+    fitted = upcycle(str(tiny_parent), ngram_texts=pairs, ngram_memory_size=100)
+    fit_translations(fitted, pairs)
+    assert trained.rows.any()
+    assert torch.allclose(trained.rows, sentence.encoder_of(fitted).ngram_memory.rows, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "multiple_negatives_ranking", "ngram_memory_size": 9}, r"loss='multiple_negatives.*'translation'"),
+        ({"loss": "translation", "teacher": "x"}, r"ngram_memory_size=0 .*at least 1 with fit_translations=True"),
+    ],
+)
+def test_a_fit_needs_translations_and_a_memory(options, message, tmp_path, tiny_parent, pairs_file):
+    with pytest.raises(ValueError, match=message):
+        train([*words(tmp_path / "out", tiny_parent, pairs_file, **options), "--fit_translations"])
 
 
 @pytest.mark.parametrize(
