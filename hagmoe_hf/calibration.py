@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .modeling_hagmoe import HagMoeModel, HagMoePreTrainedModel, HagMoeRouter
 from .routing_hagmoe import Packing, attention_pool_packed
+from .texts import text_items
 
 MOST_TEXTS = 4096  # more make no better start
 MOST_TOKENS = 65536  # of each layer, for the experts
@@ -134,21 +135,8 @@ def _checked_items(
     argument: str, texts: Sequence[str | Sequence[str]], num_experts: int, left_out: frozenset[str]
 ) -> list[list[str]]:
     """The texts of every item that are not empty, of the items that have any."""
-    given = [texts] if isinstance(texts, str) else texts
-    items = [list(item) if isinstance(item, list | tuple) else [item] for item in given]
-    for place, item in enumerate(items):
-        wrong = item if isinstance(texts, str) else [text for text in item if not isinstance(text, str)]
-        if wrong:
-            raise ValueError(
-                f"{argument} holds {wrong[0]!r} of type {type(wrong[0]).__name__}; allowed: a list of texts, or of "
-                "tuples of texts that belong together."
-            )
-        for text in cast(list[str], item):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{argument}[{place}] is not UTF-8 ({error.reason}); allowed: texts.") from error
-    kept = [[text for text in cast(list[str], item) if text.strip() and text not in left_out] for item in items]
+    items = text_items(argument, texts)
+    kept = [[text for text in item if text.strip() and text not in left_out] for item in items]
     usable = len({text.strip() for item in kept for text in item})
     if usable < num_experts:
         raise ValueError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from . import sentence
 from .modeling_hagmoe import HagMoeModel
 from .ngrams_hagmoe import ngram_rows
+from .texts import text_items
 
 PENALTY = 0.1
 STRENGTH = 0.5
@@ -93,7 +94,13 @@ def fit_translations(
         raise ValueError(f"penalty={penalty!r} is not possible; allowed: a number over 0.")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength={strength!r} is not possible; allowed: a number over 0, at most 1.")
-    texts, translations = _checked(pairs)
+    items = text_items("pairs", pairs)
+    if not items:
+        raise ValueError("pairs holds nothing; allowed: texts, each with a translation.")
+    for place, item in enumerate(items):
+        if len(item) != 2:
+            raise ValueError(f"pairs[{place}] holds {len(item)} texts; allowed: a text and its translation.")
+    texts, translations = ([item[column] for item in items] for column in (0, 1))
     longest = getattr(model, "max_seq_length", None) or encoder.config.max_text_length
 
     def tokens(texts: list[str]) -> TokenizedTexts:
@@ -150,17 +157,6 @@ def fit_rows(
     return TranslationFit(used, len(row_M.unique()), before, after)
 
 
-def _checked(pairs: Iterable[Sequence[str]]) -> tuple[list[str], list[str]]:
-    pairs = list(pairs)
-    if not pairs:
-        raise ValueError("pairs holds nothing; allowed: texts, each with a translation.")
-    for place, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"pair {place} is {pair!r}; allowed: a text and its translation.")
-    texts, translations = zip(*pairs, strict=True)
-    return list(texts), list(translations)
-
-
 def _read(
     encoder: HagMoeModel, ids_T: Tensor, length_P: Tensor, special_ids: Sequence[int], task: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,8 +185,8 @@ def _read(
         is_learned = (found > 0) & (counts[(found - 1).clamp(min=0)] > 0)
         at = is_learned.nonzero(as_tuple=True)[1]
         parts.append((total / words.clamp(min=1).unsqueeze(-1), words, text_C[at] + first, found[is_learned]))
-    means, words, texts, rows = zip(*parts, strict=True)
-    return torch.cat(means), torch.cat(words), torch.cat(texts), torch.cat(rows)
+    means_PD, words_P, text_M, row_M = (torch.cat(part) for part in zip(*parts, strict=True))
+    return means_PD, words_P, text_M, row_M
 
 
 def _ridge(shares_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:

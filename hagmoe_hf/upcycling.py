@@ -37,6 +37,7 @@ from .families import FAMILIES, Family, KeyRules
 from .model_card import upcycled_card
 from .modeling_hagmoe import HagMoeModel, HagMoePreTrainedModel, naming_damaged_weights, refuse_non_finite
 from .ngram_memory import count_ngrams, give_memory
+from .texts import single_texts, text_items
 
 StateDict: TypeAlias = dict[str, Tensor]
 CALIBRATION_LENGTH = 128  # tokens; what a text is about shows in its beginning
@@ -189,20 +190,19 @@ def upcycle(
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} is not possible; allowed: an integer from 0 to {2**32 - 1}.")
     seed = int(seed)
-    texts = None if calibration_texts is None else _text_list("calibration_texts", calibration_texts)
+    texts: Any = None if calibration_texts is None else text_items("calibration_texts", calibration_texts)
     is_size = isinstance(ngram_memory_size, Integral) and not isinstance(ngram_memory_size, bool) and ngram_memory_size >= 1
     if not is_size:
         raise ValueError(f"ngram_memory_size={ngram_memory_size!r} is not possible; allowed: an integer of at least 1.")
 
-    counted = None if ngram_texts is None else _single_texts("ngram_texts", _text_list("ngram_texts", ngram_texts))
+    counted = None if ngram_texts is None else single_texts("ngram_texts", ngram_texts)
     kept, argument = None, "calibration_texts"
     if preserved_texts is not None:
-        kept = _single_texts("preserved_texts", _text_list("preserved_texts", preserved_texts))
-        kept = [text for text in kept if text.strip()]
+        kept = [text for text in single_texts("preserved_texts", preserved_texts) if text.strip()]
         if not kept:
             raise ValueError("preserved_texts holds no text that is not empty; allowed: texts whose vectors are to stay.")
         argument = "ngram_texts" if texts is None else argument
-        texts = cast(Any, counted) if texts is None else texts
+        texts = counted if texts is None else texts
         if texts is None:
             raise ValueError(
                 f"preserved_texts holds {len(kept)} texts, with calibration_texts=None and ngram_texts=None; allowed: the "
@@ -240,27 +240,6 @@ def upcycle(
     if kept is not None:
         freeze_preserved(result)
     return result
-
-
-def _text_list(argument: str, texts: Iterable[str | Sequence[str]]) -> list[str | Sequence[str]]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise ValueError(f"{argument} holds {texts!r} of type {type(texts).__name__}; allowed: a list of texts.")
-    return list(texts)
-
-
-def _single_texts(argument: str, items: list[str | Sequence[str]]) -> list[str]:
-    """All texts of items that are texts, or tuples or lists of texts."""
-    texts = [text for item in items for text in (item if isinstance(item, list | tuple) else (item,))]
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{argument} holds {text!r} of type {type(text).__name__}; allowed: a list of texts, or of tuples of texts."
-            )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text {place} of {argument} is not UTF-8 ({error.reason}); allowed: texts.") from error
-    return cast(list[str], texts)
 
 
 def freeze_preserved(mixture: torch.nn.Module) -> None:

@@ -20,6 +20,7 @@ RANKS = {
     "version": 0,
     "files": 0,
     "sentence": 0,
+    "texts": 0,
     "configuration_hagmoe": 0,
     "families": 0,
     "kernels_hagmoe": 0,

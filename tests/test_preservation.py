@@ -147,7 +147,7 @@ def test_nothing_balances_what_is_preserved(mixture):
         ({"preserved_texts": [" "], "ngram_texts": ["b"]}, "preserved_texts holds no text that is not empty"),
         ({"preserved_texts": "a text", "ngram_texts": ["b"]}, "preserved_texts holds 'a text' of type str"),
         ({"preserved_texts": ["a", 3], "ngram_texts": ["b"]}, "preserved_texts holds 3 of type int"),
-        ({"preserved_texts": ["a", "\ud800"], "ngram_texts": ["b"]}, "text 1 of preserved_texts is not UTF-8"),
+        ({"preserved_texts": ["a", "\ud800"], "ngram_texts": ["b"]}, r"preserved_texts\[1\] is not UTF-8"),
         ({"preserved_texts": ["a b"], "ngram_texts": ["a b"] * 9}, r"without an n-gram .* never in the 1 preserved_texts"),
         (
             {"preserved_texts": ["a"], "ngram_texts": ["a", *"bcd"] * 9},

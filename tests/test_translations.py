@@ -119,9 +119,10 @@ def test_an_encoder_alone_needs_its_tokenizer(mixture, english):
     ("pairs", "options", "message"),
     [
         ([], {}, "pairs holds nothing; allowed"),
-        (["ab"], {}, "pair 0 is 'ab'; allowed: a text and its translation"),
-        ([("a", "b"), ("a", "b", "c")], {}, r"pair 1 is \('a', 'b', 'c'\)"),
-        ([("a", None)], {}, r"pair 0 is \('a', None\)"),
+        (["ab"], {}, r"pairs\[0\] holds 1 texts; allowed: a text and its translation"),
+        ([("a", "b"), ("a", "b", "c")], {}, r"pairs\[1\] holds 3 texts; allowed: a text and its translation"),
+        ([("a", None)], {}, "pairs holds None of type NoneType"),
+        ([("a", "\ud800")], {}, r"pairs\[0\] is not UTF-8"),
         ([("a", "b")], {"penalty": 0}, "penalty=0 is not possible; allowed: a number over 0"),
         ([("a", "b")], {"penalty": float("nan")}, "penalty=nan"),
         ([("a", "b")], {"strength": 1.5}, "strength=1.5 is not possible; allowed: a number over 0, at most 1"),
