@@ -11,8 +11,26 @@ from .configuration_hagmoe import HagMoeConfig
 from .modeling_hagmoe import HagMoeModel, HagMoeNgramMemory, HagMoePreTrainedModel
 from .ngrams_hagmoe import frequent_ngrams
 
-COUNTED_AT_ONCE = 10_000  # texts, so that a bar can move
+READ_AT_ONCE = 10_000  # texts, so that a bar can move
 LEAST_COUNT = 3  # of an n-gram in the user's texts; a row that is met less often learns nothing
+
+
+def token_ids(tokenizer: Any, longest: int, texts: list[str], task: str) -> tuple[Tensor, Tensor]:
+    """Texts -> ids (T,) int64, one text after the other, and (texts,) int64 how many each has.
+
+    Args:
+        tokenizer: Of the model.
+        longest: Tokens of a text that the model reads.
+        texts: To read.
+        task: What the progress bar says.
+    """
+    ids: list[Tensor] = []
+    lengths: list[int] = []
+    for first in tqdm(range(0, len(texts), READ_AT_ONCE), desc=task, leave=False):
+        encoded = tokenizer(texts[first : first + READ_AT_ONCE], truncation=True, max_length=longest)["input_ids"]
+        lengths += map(len, encoded)
+        ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
+    return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]), torch.tensor(lengths, dtype=torch.int64)
 
 
 def count_ngrams(
@@ -30,19 +48,10 @@ def count_ngrams(
     Raises:
         ValueError: There is no such n-gram.
     """
-
-    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids: list[Tensor] = []
-        lengths: list[int] = []
-        for first in tqdm(range(0, len(texts), COUNTED_AT_ONCE), desc="Counting n-grams", leave=False):
-            encoded = tokenizer(texts[first : first + COUNTED_AT_ONCE], truncation=True, max_length=longest)["input_ids"]
-            lengths += map(len, encoded)
-            ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
-        return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]), torch.tensor(lengths, dtype=torch.int64)
-
-    others = None if preserved is None else tokens(preserved)
+    others = None if preserved is None else token_ids(tokenizer, longest, preserved, "Counting n-grams")
+    own = token_ids(tokenizer, longest, texts, "Counting n-grams")
     order = HagMoeConfig.ngram_memory_order
-    names, counts = frequent_ngrams(*tokens(texts), tokenizer.all_special_ids, most, order, LEAST_COUNT, others)
+    names, counts = frequent_ngrams(*own, tokenizer.all_special_ids, most, order, LEAST_COUNT, others)
     if not len(names):
         raise ValueError(
             f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from . import sentence
 from .modeling_hagmoe import HagMoeModel
+from .ngram_memory import token_ids
 from .ngrams_hagmoe import ngram_rows
 from .texts import text_items
 
@@ -102,17 +103,8 @@ def fit_translations(
             raise ValueError(f"pairs[{place}] holds {len(item)} texts; allowed: a text and its translation.")
     texts, translations = ([item[column] for item in items] for column in (0, 1))
     longest = getattr(model, "max_seq_length", None) or encoder.config.max_text_length
-
-    def tokens(texts: list[str]) -> TokenizedTexts:
-        ids: list[Tensor] = []
-        lengths: list[int] = []
-        for first in tqdm(range(0, len(texts), CHUNK), desc="Tokenizing", leave=False):
-            encoded = tokenizer(texts[first : first + CHUNK], truncation=True, max_length=longest)["input_ids"]
-            lengths += map(len, encoded)
-            ids.append(torch.tensor([token for text in encoded for token in text], dtype=torch.int64))
-        return torch.cat(ids), torch.tensor(lengths, dtype=torch.int64)
-
-    return fit_rows(encoder, tokens(texts), tokens(translations), tokenizer.all_special_ids, penalty, strength)
+    read = [token_ids(tokenizer, longest, column, "Reading translations") for column in (texts, translations)]
+    return fit_rows(encoder, *read, tokenizer.all_special_ids, penalty, strength)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ RANKS = {
     "hub": 2,
     "calibration": 2,
     "ngram_memory": 2,
-    "translations": 2,
+    "translations": 3,
     "upcycling": 3,
     "evaluation": 4,
     "export": 4,
