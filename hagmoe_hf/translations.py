@@ -103,8 +103,8 @@ def fit_translations(
             raise ValueError(f"pairs[{place}] holds {len(item)} texts; allowed: a text and its translation.")
     texts, translations = ([item[column] for item in items] for column in (0, 1))
     longest = getattr(model, "max_seq_length", None) or encoder.config.max_text_length
-    read = [token_ids(tokenizer, longest, column, "Reading translations") for column in (texts, translations)]
-    return fit_rows(encoder, *read, tokenizer.all_special_ids, penalty, strength)
+    own, others = (token_ids(tokenizer, longest, column, "Reading translations") for column in (texts, translations))
+    return fit_rows(encoder, own, others, tokenizer.all_special_ids, penalty, strength)
 
 
 @torch.no_grad()
