@@ -15,12 +15,12 @@ READ_AT_ONCE = 10_000  # texts, so that a bar can move
 LEAST_COUNT = 3  # of an n-gram in the user's texts; a row that is met less often learns nothing
 
 
-def token_ids(tokenizer: Any, longest: int, texts: list[str], task: str) -> tuple[Tensor, Tensor]:
+def token_ids(tokenizer: Any, longest: int | None, texts: list[str], task: str) -> tuple[Tensor, Tensor]:
     """Texts -> ids (T,) int64, one text after the other, and (texts,) int64 how many each has.
 
     Args:
         tokenizer: Of the model.
-        longest: Tokens of a text that the model reads.
+        longest: Tokens of a text that the model reads; None for the tokenizer's own limit.
         texts: To read.
         task: What the progress bar says.
     """
