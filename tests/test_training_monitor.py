@@ -104,7 +104,7 @@ def test_a_model_can_be_pickled_while_it_trains_and_after_an_interruption(tiny, 
 
     with pytest.raises(KeyboardInterrupt):
         train(Interrupt())
-    assert pickle.loads(pickle.dumps(tiny)).encode(["a"]) == pytest.approx(tiny.encode(["a"]))
+    assert pickle.loads(pickle.dumps(tiny)).encode(["a"]) == pytest.approx(tiny.encode(["a"]), abs=1e-6)
     hooks = len(loss._forward_hooks)
     seen = []
     train(type("See", (TrainerCallback,), {"on_step_end": lambda self, *_, **__: seen.append(len(loss._forward_hooks))})())
