@@ -1,6 +1,6 @@
 """How long an arm is trained, on how much, at which learning rates; the same for every arm of a table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,22 @@ TRANSLATED = ("software-bitext", "ui-bitext")  # English anchors, positives in o
 # Domains that the parent knows well and badly, of many kinds of text
 LEFT_OUT = ("code", "cooking", "encyclopedia", "security", "sysadmin-docs")
 
+MOSTLY_TRANSLATIONS = Budget(
+    "translations",
+    400,
+    64,
+    32,
+    (1e-4,),
+    (0, 1, 2),
+    200,
+    4,
+    temperature=1.0,
+    bfloat16=True,
+    left_out_languages=("en",),
+    translated=TRANSLATED,
+    distillation=1.0,
+)
+
 BUDGETS = {
     budget.name: budget
     for budget in (
@@ -80,21 +96,9 @@ BUDGETS = {
         # For a CPU: an English parent learns other languages; what does it cost in English?
         Budget("languages", 300, 64, 32, (1e-4,), (0, 1, 2), 200, 3, left_out_languages=("en",), translated=TRANSLATED),
         # Domains drawn by size, so that most pairs are translations, and the parent's similarities kept in the others
-        Budget(
-            "translations",
-            400,
-            64,
-            32,
-            (1e-4,),
-            (0, 1, 2),
-            200,
-            4,
-            temperature=1.0,
-            bfloat16=True,
-            left_out_languages=("en",),
-            translated=TRANSLATED,
-            distillation=1.0,
-        ),
+        MOSTLY_TRANSLATIONS,
+        # The same for a CPU without bfloat16 units
+        replace(MOSTLY_TRANSLATIONS, name="translations-float32", bfloat16=False),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?
