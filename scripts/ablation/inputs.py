@@ -29,6 +29,7 @@ from hagmoe_hf.upcycling import CALIBRATION_LENGTH
 
 COLUMNS = ("anchor", "positive")
 DEV_ROWS, CALIBRATION_ROWS = 200, 600  # per domain, at most
+LONGEST_TITLE = 60  # characters; longer ones are sentences with a comma
 BUCKET = 8  # batches whose rows are sorted by length before they are cut, so that little of a batch is padding
 
 
@@ -105,6 +106,7 @@ def prepare(pairs: Path, kit: Path, parent: Path, out: Path, max_length: int, mo
         ValueError: A domain is left without pairs to train on, or to hold out.
     """
     frame = pd.read_parquet(pairs).sample(frac=1, random_state=seed)
+    frame = pd.concat([frame, same_titles(frame)], ignore_index=True)
     sets = find_sets(kit)
     known = kit_texts(sets)
     tokenizer = AutoTokenizer.from_pretrained(parent)
@@ -139,6 +141,34 @@ def prepare(pairs: Path, kit: Path, parent: Path, out: Path, max_length: int, mo
             shutil.copy(kit / "manifest.json", folder / "kit")
         shutil.copytree(parent, folder / "parent", ignore=shutil.ignore_patterns(".git*"))
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def same_titles(pairs: pd.DataFrame) -> pd.DataFrame:
+    """What encyclopedias in English and in other languages say about the same titles, as translations of each other.
+
+    An article's pair has "TITLE, description" as its anchor and its beginning as the positive. Titles are the same in two
+    languages where they are names; they are cut off, since they would give away what belongs together. A pair is held out
+    where the text in the other language is.
+
+    Args:
+        pairs: With the columns domain, lang, anchor, positive, split; those of the domain "encyclopedia" are read.
+
+    Returns:
+        Likewise, of the domain "encyclopedia-bitext": English anchors, positives in the language `lang`.
+    """
+    articles = pairs[pairs.domain == "encyclopedia"]
+    parts = articles.anchor.str.partition(", ")
+    articles = articles.assign(title=parts[0], description=parts[2])
+    articles = articles[(articles.description != "") & (articles.title.str.len() <= LONGEST_TITLE)]
+    articles = articles.drop_duplicates(["lang", "title"])
+    is_english = articles.lang == "en"
+    met = articles[~is_english].merge(articles[is_english], on="title", suffixes=("", "_en"))
+    met = met[(met.split == "dev") | (met.split_en == "train")]
+    halves = [
+        met.assign(anchor=met[f"{column}_en"], positive=met[column])[["lang", "anchor", "positive", "split"]]
+        for column in ("description", "positive")
+    ]
+    return pd.concat(halves).assign(domain="encyclopedia-bitext").sample(frac=1, random_state=0)
 
 
 def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:

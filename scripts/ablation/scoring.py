@@ -15,7 +15,7 @@ from sentence_transformers.models import InputModule
 from torch import Tensor
 
 from ablation.inputs import Pairs
-from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, set_domain
+from ablation.routers import DOMAIN_OF_SET, EXPERT_OF_DOMAIN, FixedRouter, set_domain
 from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.evaluation.kit import KitSet, find_sets
 from hagmoe_hf.files import new_file
@@ -162,16 +162,23 @@ def set_texts(kit_set: KitSet) -> list[str]:
 
 
 def record(model: SentenceTransformer, sets: list[KitSet], path: Path) -> None:
-    """Write the vectors of every text of every set; a text in two sets is encoded twice, since domains may route it."""
+    """Write the vectors of every text of every set; a text in two sets is encoded once, unless its domain routes it."""
     if model.device.type == "cpu" and not isinstance(sentence.encoder_of(model), HagMoeModel):
         model = upcycle(model)  # the same vectors, and on a CPU much sooner: a mixture computes no padding
     model.eval()
+    is_routed = any(isinstance(module, FixedRouter) for module in model.modules())
+    known: dict[str, np.ndarray] = {}
     arrays = {}
     for kit_set in sets:
-        domain = DOMAIN_OF_SET[_task_name(kit_set)]
-        set_domain(sentence.encoder_of(model), domain)
-        vectors = model.encode(set_texts(kit_set), batch_size=256, convert_to_numpy=True, show_progress_bar=False)
-        arrays[_task_name(kit_set)] = vectors.astype(np.float32)
+        texts = set_texts(kit_set)
+        if is_routed:
+            set_domain(sentence.encoder_of(model), DOMAIN_OF_SET[_task_name(kit_set)])
+            known = {}
+        new = [text for text in texts if text not in known]
+        if new:
+            vectors = model.encode(new, batch_size=256, convert_to_numpy=True, show_progress_bar=False)
+            known.update(zip(new, vectors.astype(np.float32), strict=True))
+        arrays[_task_name(kit_set)] = np.stack([known[text] for text in texts])
     with new_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
