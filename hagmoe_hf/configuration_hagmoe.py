@@ -110,7 +110,7 @@ class HagMoeConfig(PreTrainedConfig):
         ngram_memory_order (`int`): Tokens of the longest n-gram in the memory.
         ngram_memory_scale (`float`): How many times as fast as other weights the rows of the memory learn under Adam. Less
             of it turns a trained memory down, 0 turns it off.
-        preserve_first_group (`bool`): Whether no gradient passes the experts of the first group, so that they stay the
+        preserve_first_group (`bool`): Whether no gradient reaches the experts of the first group, so that they stay the
             parent's while others learn; needs groups that are opened by text, one at a time.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).

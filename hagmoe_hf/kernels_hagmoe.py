@@ -78,7 +78,22 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+class _HoldFirst(torch.autograd.Function):
+    """Stacked weights (E, ...) as they are; no gradient reaches those of the first `count` experts."""
+
+    @staticmethod
+    def forward(ctx: Any, stacked: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        return stacked.view_as(stacked)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        held = gradient.clone()
+        held[: ctx.count] = 0
+        return held, None
+
+
+def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tensor, held: int = 0) -> Tensor:
     """The experts, in autocast's dtype where it is on, as every linear layer computes.
 
     Grouped products are unknown to autocast: with float32 weights they would run in float32, at a fraction of the speed.
@@ -88,16 +103,24 @@ def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tens
         states: (T, D).
         index: (T, K) int64.
         weights: (T, K).
+        held: The weights of so many experts, the first ones, get no gradient; what comes before them does.
 
     Returns:
         (T, D), in autocast's dtype where it is on.
     """
     device = states.device.type
-    if not torch.is_autocast_enabled(device):
+    is_cast = torch.is_autocast_enabled(device)
+    is_held = held > 0 and torch.is_grad_enabled()
+    if not is_cast and not is_held:
         return experts(states, index, weights)
-    dtype = torch.get_autocast_dtype(device)
-    cast = {name: parameter.to(dtype) for name, parameter in experts.named_parameters() if parameter.is_floating_point()}
-    return functional_call(experts, cast, (states.to(dtype), index, weights.to(dtype)))
+    given: dict[str, Tensor] = {name: stack for name, stack in experts.named_parameters() if stack.is_floating_point()}
+    if is_held:
+        given = {name: _HoldFirst.apply(stack, held) for name, stack in given.items()}
+    if is_cast:
+        dtype = torch.get_autocast_dtype(device)
+        given = {name: stack.to(dtype) for name, stack in given.items()}
+        states, weights = states.to(dtype), weights.to(dtype)
+    return functional_call(experts, given, (states, index, weights))
 
 
 def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -528,12 +528,9 @@ class HagMoeSparseMLP(nn.Module):
         """(B, L, D) -> (B, L, D); `token_mask` (B, L) bool is True at real tokens, None when all are."""
         routing = self.router(hidden_states, token_mask, packing)
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
-        routed = run_experts(self.experts, flat_states, routing.expert_index, routing.expert_weight).view_as(hidden_states)
-        config = self.router.config
-        if config.preserve_first_group and torch.is_grad_enabled():
-            in_first = routing.expert_index < config.experts_per_group
-            is_preserved = in_first.view(*hidden_states.shape[:-1], -1).all(-1)
-            routed = torch.where(is_preserved.unsqueeze(-1), routed.detach(), routed)
+        held = self.router.config.experts_per_group if self.router.config.preserve_first_group else 0
+        routed = run_experts(self.experts, flat_states, routing.expert_index, routing.expert_weight, held)
+        routed = routed.view_as(hidden_states)
         common = self.output_bias if self.shared_expert is None else self.shared_expert(hidden_states)
         output = routed if common is None else routed + common
         if self.training and self.routing_observer is not None:

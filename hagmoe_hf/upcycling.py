@@ -242,13 +242,15 @@ def upcycle(
     return result
 
 
-def freeze_preserved(mixture: torch.nn.Module) -> None:
-    """Freeze all but the memory and the routed experts, of which preserved texts pass only those that learn nothing.
+def freeze_preserved(mixture: torch.nn.Module, *, experts_only: bool = False) -> None:
+    """Let only that learn which preserved texts do not pass: the memory, and the routed experts, of which theirs stay.
 
     A head is frozen, too. A model that was loaded needs it again before it is trained on.
 
     Args:
         mixture: An encoder, one with a head, or a `SentenceTransformer` around one, with `preserve_first_group`.
+        experts_only: Whether all else learns as well, but for the routers: preserved texts keep their experts and move
+            little, others learn more.
 
     Raises:
         ValueError: It does not preserve its first group.
@@ -260,8 +262,8 @@ def freeze_preserved(mixture: torch.nn.Module) -> None:
             "preserved_texts."
         )
     for name, parameter in mixture.named_parameters():
-        if ".experts." not in name and not name.endswith("ngram_memory.rows"):
-            parameter.requires_grad_(False)
+        learns_in_any_case = ".experts." in name or name.endswith("ngram_memory.rows")
+        parameter.requires_grad_(learns_in_any_case or (experts_only and ".router." not in name))
 
 
 def _tokenizer_of(given: Any, argument: str) -> Any:

@@ -113,6 +113,22 @@ def test_a_reloaded_mixture_can_be_frozen_again(mixture, tmp_path):
     assert all(".experts." in name or name.endswith("ngram_memory.rows") for name in learned)
 
 
+def test_all_but_gates_and_the_experts_that_stay_can_learn(tiny_parent, corpus):
+    """Who can live with vectors that move a little gets more for the others."""
+    model = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90])
+    freeze_preserved(model, experts_only=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    learn(model, corpus)
+    (layer,) = sentence.encoder_of(model).config.sparse_layers
+    for name, parameter in model.named_parameters():
+        stays = parameter[:2] if ".experts." in name else parameter if ".router." in name else parameter[:0]
+        assert torch.equal(stays, before[name][: len(stays)]), name
+    for name in (f"layers.{layer}.mlp.experts.up_proj", "layers.0.attention.o_proj.weight"):
+        assert not torch.equal(sentence.encoder_of(model).get_parameter(name), before[f"0.model.{name}"])
+    freeze_preserved(model)
+    assert all(p.requires_grad == (".experts." in name) for name, p in model.named_parameters())
+
+
 def test_no_ngram_of_the_memory_is_in_the_texts_that_stay(mixture, languages):
     memory = sentence.encoder_of(mixture).ngram_memory
     memory.rows.data[1:] = 1.0
@@ -179,7 +195,7 @@ def test_texts_that_are_in_both_kinds_are_preserved(tiny_parent, corpus):
 
 @pytest.mark.parametrize("implementation", ["eager", "segmented_mm", "grouped_mm"])
 @pytest.mark.parametrize("options", [{}, {"num_experts_per_tok": 2}])
-def test_no_gradient_passes_the_first_group(options, implementation, tiny_parent, corpus):
+def test_no_gradient_reaches_the_first_group(options, implementation, tiny_parent, corpus):
     """However experts are computed, with a shared expert and several experts in the group, padded and alone."""
     upcycled = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90], **options)
     encoder = sentence.encoder_of(upcycled)
@@ -189,6 +205,30 @@ def test_no_gradient_passes_the_first_group(options, implementation, tiny_parent
     gradients = [parameter.grad for parameter in encoder.layers[layer].mlp.experts.parameters()]
     assert all(not gradient[:2].any() for gradient in gradients)
     assert any(gradient[2:].any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_comes_before_the_first_group_gets_the_gradient_that_it_has_without(dtype, tiny_parent, corpus):
+    """Where all else learns, it learns from preserved texts, too: only their experts stay."""
+    upcycled = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90])
+    upcycled.requires_grad_(True).eval()
+    encoder = sentence.encoder_of(upcycled)
+    found = []
+    for preserves in (True, False):
+        encoder.config.preserve_first_group = preserves
+        upcycled.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            upcycled(upcycled.preprocess(corpus[:6]))["sentence_embedding"].square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in upcycled.named_parameters() if parameter.grad is not None})
+    kept, free = found
+    assert set(kept) == set(free)
+    for name, gradient in kept.items():
+        if ".experts." in name:
+            assert not gradient[:2].any()
+            assert free[name][:2].any()
+            assert torch.equal(gradient[2:], free[name][2:])
+        else:
+            assert torch.equal(gradient, free[name]), name
 
 
 def test_only_what_preserves_can_be_frozen(real_parent):

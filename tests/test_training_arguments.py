@@ -39,6 +39,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["--ngram_memory_size", "-1"], "ngram_memory_size=-1 is not possible; allowed: 0"),
         (["--objective", "mlm", "--ngram_memory_size", "2"], "ngram_memory_size=2 is not possible; allowed: 0 with"),
         (["--objective", "mlm", "--preserve"], "objective='mlm' is not possible; allowed: 'embedding' for"),
+        (["--preserve", "--preserve_experts"], "preserve_experts=True is not possible; allowed: False with preserve=True"),
+        (["--preserve_experts", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
         (["--preserve", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
         (["--preserve", "--curriculum", "c.yaml"], "curriculum='c.yaml' is not possible; allowed: None for"),
         (

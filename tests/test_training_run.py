@@ -383,23 +383,28 @@ def test_a_memory_knows_the_training_texts_and_learns(tmp_path, tiny_parent, pai
     assert learned[1:].float().mean() > 0.5
 
 
-def test_translations_are_learned_while_texts_keep_their_vectors(tmp_path, tiny_parent, corpus):
-    """One command teaches a parent what it lacks, and leaves the first column's kind of text as it was."""
+@pytest.mark.parametrize("option", ["preserve", "preserve_experts"])
+def test_translations_are_learned_while_texts_keep_what_they_have(option, tmp_path, tiny_parent, corpus):
+    """One command teaches a parent what it lacks, and leaves the first column's kind of text its vectors, or its experts."""
     rows = [{"anchor": text, "positive": " ".join(reversed(text.split()))[::-1]} for text in corpus[:80]]
     file = tmp_path / "translations.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 100, "n_group": 2, "num_experts": 2}
-    train([*words(tmp_path / "out", tiny_parent, file, **options), "--preserve"])
+    train([*words(tmp_path / "out", tiny_parent, file, **options), f"--{option}"])
     encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
     parent = SentenceTransformer(str(tiny_parent), device="cpu")
     assert encoder.config.preserve_first_group
     dense = parent[0].model
-    assert torch.equal(encoder.embeddings.word_embeddings.weight, dense.embeddings.word_embeddings.weight)
     (layer,) = encoder.config.sparse_layers
     block = encoder.layers[layer].mlp
     up = dense.encoder.layer[layer].intermediate.dense.weight
     width = block.experts.up_proj.shape[1]
-    assert torch.equal(torch.cat([block.shared_expert.up_proj.weight, block.experts.up_proj[0]]), up)
+    assert torch.equal(block.experts.up_proj[0], up[-width:])
+    for learned, was in (
+        (encoder.embeddings.word_embeddings.weight, dense.embeddings.word_embeddings.weight),
+        (block.shared_expert.up_proj.weight, up[:-width]),
+    ):
+        assert torch.equal(learned, was) == (option == "preserve")
     assert not torch.equal(block.experts.up_proj[1], up[-width:])
     assert encoder.ngram_memory.rows.any()
 
@@ -450,5 +455,6 @@ def test_what_would_move_preserved_texts_is_refused(options, message, tmp_path, 
 
 def test_a_mixture_that_preserves_nothing_cannot_be_told_to(tmp_path, tiny_parent, pairs_file):
     upcycle(str(tiny_parent)).save_pretrained(str(tmp_path / "mixture"))
-    with pytest.raises(ValueError, match=r"preserve=True with model=.*allowed: a dense model, or"):
-        train([*words(tmp_path / "out", tmp_path / "mixture", pairs_file), "--preserve"])
+    for option in ("preserve", "preserve_experts"):
+        with pytest.raises(ValueError, match=rf"^{option}=True with model=.*allowed: a dense model, or"):
+            train([*words(tmp_path / "out", tmp_path / "mixture", pairs_file), f"--{option}"])

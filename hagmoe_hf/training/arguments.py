@@ -102,6 +102,13 @@ class TrainOptions:
             "other groups and the memory."
         ),
     )
+    preserve_experts: bool = field(
+        default=False,
+        metadata=_help(
+            "Upcycling: as preserve, but only the experts and the gates of such texts stay: their vectors move little, and "
+            "the others learn more."
+        ),
+    )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
     bias_update_rate: float | None = field(
@@ -168,12 +175,19 @@ class TrainOptions:
             _require(self.loss == "translation", "loss", self.loss, "'translation' with fit_translations=True")
             size = self.ngram_memory_size
             _require(size > 0, "ngram_memory_size", size, "an integer of at least 1 with fit_translations=True")
-        if self.preserve:
+        if self.preserve and self.preserve_experts:
+            _require(False, "preserve_experts", True, "False with preserve=True, which keeps more")
+        if self.preserves:
             refuse_to_move_preserved(self)
         if self.loss == "translation" and self.columns:
             _require(len(self.columns) == 2, "columns", self.columns, "two with loss='translation': text, translation")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
+
+    @property
+    def preserves(self) -> bool:
+        """Whether texts like those of the first column have experts that stay."""
+        return self.preserve or self.preserve_experts
 
     @property
     def loss_keywords(self) -> dict[str, Any]:
@@ -262,7 +276,7 @@ def _require(holds: bool, option: str, value: object, allowed: str) -> None:
 
 
 def refuse_to_move_preserved(options: TrainOptions, weight_decay: float = 0.0) -> None:
-    """Refuse what would move the vectors of preserved texts.
+    """Refuse what would move the experts of preserved texts.
 
     Args:
         options: Of a run on a mixture that preserves its first group.

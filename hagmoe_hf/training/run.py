@@ -243,10 +243,10 @@ def _load_model(
             train_data, options.calibration_rows, options.temperature, arguments.seed
         )
         more: dict[str, Any] = {}
-        if options.preserve or options.ngram_memory_size:
+        if options.preserves or options.ngram_memory_size:
             rows = [[text for text in row.values() if isinstance(text, str)] for data in train_data.values() for row in data]
-            learned = [text for row in rows for text in (row[1:] if options.preserve else row)]
-            if options.preserve:
+            learned = [text for row in rows for text in (row[1:] if options.preserves else row)]
+            if options.preserves:
                 more["preserved_texts"] = [row[0] for row in rows]
                 texts = [text for item in texts for text in item[1:]] if texts else learned
             if options.ngram_memory_size:
@@ -264,10 +264,11 @@ def _load_model(
         model.max_seq_length = text_length(options.max_length, sentence.encoder_of(model).config)
     if sentence.encoder_of(model).config.preserve_first_group:
         refuse_to_move_preserved(options, arguments.weight_decay)
-        freeze_preserved(model)
-    elif options.preserve:
+        freeze_preserved(model, experts_only=options.preserve_experts)
+    elif options.preserves:
+        name = "preserve" if options.preserve else "preserve_experts"
         raise ValueError(
-            f"preserve=True with model={options.model!r}, a mixture that preserves nothing; allowed: a dense model, or a "
+            f"{name}=True with model={options.model!r}, a mixture that preserves nothing; allowed: a dense model, or a "
             "mixture that was upcycled with preserved_texts."
         )
     if options.lora_rank:

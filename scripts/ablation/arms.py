@@ -36,7 +36,7 @@ class Arm:
         fitted: Whether the memory starts from translations, by least squares.
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
         all_learn: Whether more learns than the memory and the other groups' experts, where a language is preserved.
-        still_experts: How many experts of each layer, the first ones, stay as they are.
+        still_experts: Whether the experts of that language stay nevertheless.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Arm:
     fitted: bool = False
     preserved: str = ""
     all_learn: bool = False
-    still_experts: int = 0
+    still_experts: bool = False
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
@@ -280,7 +280,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             expert_rate=2.0,
             frozen_gates=1.0,
             all_learn=True,
-            still_experts=1,
+            still_experts=True,
         ),
         replace(
             TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False

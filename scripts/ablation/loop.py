@@ -148,9 +148,6 @@ class Trainee:
         for group in groups if arm.shared_gradient else ():
             for stack in group["params"] if group["kind"] == "experts" else ():
                 stack.register_hook(partial(share_gradient, arm.shared_gradient))
-        for group in groups if arm.still_experts else ():
-            for stack in group["params"] if group["kind"] == "experts" else ():
-                stack.register_hook(partial(hold_first, arm.still_experts))
         self.routers = [module for module in model.modules() if isinstance(module, FixedRouter)]
         self.callback: RouterCallback | None = None
         if self.is_mixture and arm.balancing is not None:
@@ -210,13 +207,6 @@ class Trainee:
 def share_gradient(part: float, gradient: Tensor) -> Tensor:
     """(E, ...) -> (E, ...): each expert's own gradient, mixed with the sum over all experts."""
     return gradient.lerp(gradient.sum(0, keepdim=True).expand_as(gradient), part)
-
-
-def hold_first(count: int, gradient: Tensor) -> Tensor:
-    """(E, ...) -> (E, ...): 0 for the first `count` experts, which without weight decay then stay as they are."""
-    held = gradient.clone()
-    held[:count] = 0
-    return held
 
 
 def _schedule(step: int, budget: Budget) -> float:

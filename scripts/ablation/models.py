@@ -53,14 +53,14 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         sentence.encoder_of(model).config.preserve_first_group = True  # also where no layer has groups
         freeze_preserved(model)
     elif arm.preserved:
-        _let_all_learn(model)
+        _let_all_learn(model, arm.still_experts)
     return model
 
 
-def _let_all_learn(model: SentenceTransformer) -> None:
-    """Undo what preserves texts, but for where the gates and the memory start."""
+def _let_all_learn(model: SentenceTransformer, still_experts: bool) -> None:
+    """Undo what preserves texts, but for where the gates and the memory start, and on request for their experts."""
     encoder = sentence.encoder_of(model)
-    encoder.config.preserve_first_group = False
+    encoder.config.preserve_first_group = still_experts
     prepared(model.requires_grad_(True))
 
 
