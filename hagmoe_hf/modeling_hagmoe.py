@@ -204,14 +204,18 @@ class HagMoeNgramMemory(nn.Module):
 
     def forward(self, input_ids: Tensor, follows: Tensor) -> Tensor:
         """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
-        # (order, B, L): all lengths at once, since a query's time goes into small operations
-        found = torch.stack(ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced()))
-        is_learned = (found > 0) & (self.counts[(found - 1).clamp(min=0)] > 0)
-        states = (F.embedding(found, self.rows, padding_idx=0) * is_learned.unsqueeze(-1)).sum(dim=0)
+        row = self.rows_at(input_ids, follows)
+        states = (F.embedding(row, self.rows, padding_idx=0) * (row > 0).unsqueeze(-1)).sum(dim=0)
         if not torch.is_grad_enabled():
             return states * self.config.ngram_memory_scale
         # Only forward: Adam divides by a gradient's size in any case, and the norm that it is clipped by must not grow
         return states + states.detach() * (self.config.ngram_memory_scale - 1)
+
+    def rows_at(self, input_ids: Tensor, follows: Tensor) -> Tensor:
+        """As `forward` -> (order, B, L) int64, the rows of the n-grams that end at each token; 0 for none that learns."""
+        # All lengths at once, since a query's time goes into small operations
+        found = torch.stack(ngram_rows(input_ids, follows, self.names, self.config.ngram_memory_order, is_traced()))
+        return found * (self.counts[(found - 1).clamp(min=0)] > 0)
 
 
 class HagMoeRotaryEmbedding(nn.Module):

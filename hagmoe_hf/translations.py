@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from . import sentence
 from .modeling_hagmoe import HagMoeModel
 from .ngram_memory import token_ids
-from .ngrams_hagmoe import ngram_rows
 from .texts import text_items
 
 PENALTY = 0.1
@@ -153,8 +152,8 @@ def _read(
     encoder: HagMoeModel, ids_T: Tensor, length_P: Tensor, special_ids: Sequence[int], task: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Texts -> (P, D) means of words' embeddings, (P,) how many words; for each n-gram in them (M,) its text and its row."""
-    memory: Any = encoder.ngram_memory
-    names, counts = memory.names.cpu(), memory.counts.cpu()
+    memory, device = encoder.ngram_memory, encoder.device
+    assert memory is not None
     special = torch.tensor(list(special_ids), dtype=torch.int64)
 
     def embed(ids: Tensor, positions: Tensor) -> Tensor:
@@ -169,14 +168,13 @@ def _read(
         text_C = torch.repeat_interleave(torch.arange(len(length_C)), length_C)
         position_C = torch.arange(len(ids_C)) - (length_C.cumsum(0) - length_C)[text_C]
         is_word_C = ~torch.isin(ids_C, special)
-        states_CD = embed(ids_C.to(encoder.device)[None], position_C.to(encoder.device)[None])[0]
+        states_CD = embed(ids_C.to(device)[None], position_C.to(device)[None])[0]
         words = torch.zeros(len(length_C)).index_add_(0, text_C, is_word_C.float())
         total = torch.zeros(len(length_C), states_CD.shape[1])
         total.index_add_(0, text_C, states_CD.float().cpu() * is_word_C.unsqueeze(-1))
-        found = torch.stack(ngram_rows(ids_C[None], (position_C > 0)[None], names, encoder.config.ngram_memory_order))[:, 0]
-        is_learned = (found > 0) & (counts[(found - 1).clamp(min=0)] > 0)
-        at = is_learned.nonzero(as_tuple=True)[1]
-        parts.append((total / words.clamp(min=1).unsqueeze(-1), words, text_C[at] + first, found[is_learned]))
+        found = memory.rows_at(ids_C.to(device)[None], (position_C > 0).to(device)[None])[:, 0].cpu()
+        length, at = found.nonzero(as_tuple=True)
+        parts.append((total / words.clamp(min=1).unsqueeze(-1), words, text_C[at] + first, found[length, at]))
     means_PD, words_P, text_M, row_M = (torch.cat(part) for part in zip(*parts, strict=True))
     return means_PD, words_P, text_M, row_M
 
