@@ -39,6 +39,27 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         (["--ngram_memory_size", "-1"], "ngram_memory_size=-1 is not possible; allowed: 0"),
         (["--objective", "mlm", "--ngram_memory_size", "2"], "ngram_memory_size=2 is not possible; allowed: 0 with"),
         (["--objective", "mlm", "--preserve"], "objective='mlm' is not possible; allowed: 'embedding' for"),
+        (["--domain_losses", "[1]"], "domain_losses='\\[1\\]' is not possible; allowed: a JSON object"),
+        (
+            ["--domain_losses", '{"a": "mse"}'],
+            r"domain_losses\['a'\]='mse' is not possible; allowed: one of \['multiple_negatives",
+        ),
+        (
+            ["--domain_losses", '{"a": "cosent"}', "--domain_column", "d"],
+            r"domain_losses\['a'\]='cosent' .*with loss='multiple_negatives_ranking', .*same columns, \['multiple_neg",
+        ),
+        (
+            ["--domain_losses", '{"a": "distill_mse"}'],
+            "domain_column=None is not possible; allowed: a column, with domain_los",
+        ),
+        (
+            ["--domain_losses", '{"a": "translation"}', "--domain_column", "d"],
+            "teacher=None is not possible; allowed: a folder or Hub id for loss='translation'",
+        ),
+        (
+            ["--domain_losses", '{"a": "distill_mse"}', "--domain_column", "d", "--matryoshka_dims", "8", "--teacher", "t"],
+            r"matryoshka_dims=\[8\] is not possible; allowed: none with domain_losses",
+        ),
         (["--preserve", "--preserve_experts"], "preserve_experts=True is not possible; allowed: False with preserve=True"),
         (["--preserve_experts", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
         (["--preserve", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
@@ -151,13 +172,17 @@ def test_a_preset_is_a_possible_model(name):
 def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
     """The guide is what people copy from."""
     guide = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
-    options_file, languages_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    options_file, languages_file, mixed_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     (tmp_path / "train.yaml").write_text(options_file)
     (tmp_path / "curriculum.yaml").write_text(curriculum_file)
     options, training = parse(["--config", str(tmp_path / "train.yaml"), "--use_cpu"])
     assert (options.temperature, training.learning_rate) == (2, 2e-5)
     (tmp_path / "languages.yaml").write_text(languages_file)
     assert parse(["--config", str(tmp_path / "languages.yaml"), "--use_cpu"])[0].preserve
+    (tmp_path / "mixed.yaml").write_text(mixed_file)
+    options, training = parse(["--config", str(tmp_path / "mixed.yaml"), "--use_cpu", "--model", "m", "--teacher", "m"])
+    assert (options.loss_of("bitext"), options.loss_of("others")) == ("translation", "ranking_distill_kl")
+    assert training.learning_rate_mapping == {"experts": 2e-4}
     curriculum = read_curriculum(tmp_path / "curriculum.yaml")
     assert curriculum.ends(100) == [10, 50, 100]
     model = HagMoeModel(tiny_config())

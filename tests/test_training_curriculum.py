@@ -18,7 +18,7 @@ phases:
     topk_group: 2
   - name: experts
     until: 6
-    learning_rates: {"*": 0, "*.router.*": 1, "*.experts.*": 0.5}
+    learning_rates: {"*": 0, "*.router.*": 1, "*.experts.*": 5e-1}
   - name: everything
 """
 

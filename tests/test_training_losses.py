@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from hagmoe_hf import sentence, upcycle
@@ -52,8 +52,8 @@ def test_texts_and_translations_are_drawn_to_the_teachers_vectors_of_the_texts(m
     """The other way round, a teacher that lacks a language would teach it."""
     teacher = sentence.load(str(tiny_parent), device="cpu")
     texts = [row["anchor"] for row in rows]
-    data = DatasetDict(a=Dataset.from_dict({"anchor": texts, "positive": [row["positive"] for row in rows]}))
-    labels = torch.tensor(with_teacher_vectors(data, teacher, "translation", 32, batch_size=3)["a"]["label"])
+    data = Dataset.from_dict({"anchor": texts, "positive": [row["positive"] for row in rows]})
+    labels = torch.tensor(with_teacher_vectors(data, teacher, "translation", 32, batch_size=3)["label"])
     assert labels.shape == (8, 1, 32)
     model.eval()
     same = [{"anchor": text, "positive": text} for text in texts]
@@ -73,10 +73,10 @@ def test_texts_and_translations_are_drawn_to_the_teachers_vectors_of_the_texts(m
 def test_a_students_loss_is_zero_exactly_where_it_agrees_with_its_teacher(name, model, rows, tiny_parent):
     """At step 0 an upcycled student is its teacher; a loss that is not 0 there compares the wrong things."""
     teacher = sentence.load(str(tiny_parent), device="cpu")
-    data = DatasetDict(a=Dataset.from_dict({column: [row[column] for row in rows] for column in ("anchor", "positive")}))
+    data = Dataset.from_dict({column: [row[column] for row in rows] for column in ("anchor", "positive")})
     labelled = with_teacher_vectors(data, teacher, name, width=32, batch_size=3)
-    assert labelled["a"].column_names == ["anchor", "positive", "label"]
-    labels = torch.tensor(labelled["a"]["label"])
+    assert labelled.column_names == ["anchor", "positive", "label"]
+    labels = torch.tensor(labelled["label"])
     assert labels.shape == (8, 2, 32)
     loss = build_loss(name, model.eval())
     assert loss_of(loss, model, LOSSES[name], rows, labels).abs() < 1e-6
@@ -99,6 +99,18 @@ def test_the_similarity_loss_is_the_divergence_written_out(model, rows):
     assert (got - (p * (p.log() - q.log())).sum() / 8).abs() < 1e-5
 
 
+def test_distilled_ranking_is_ranking_and_the_similarities_of_the_teacher(model, rows):
+    """Each against the loss that has it alone."""
+    torch.manual_seed(0)
+    kind = LOSSES["ranking_distill_kl"]
+    labels = torch.randn(8, 2, 16)
+    model.eval()
+    both = loss_of(build_loss("ranking_distill_kl", model, {"imitation": 0.5}), model, kind, rows, labels)
+    ranking = loss_of(build_loss("multiple_negatives_ranking", model), model, kind, rows)
+    similarities = loss_of(build_loss("distill_kl", model), model, kind, rows, labels)
+    assert float(both) == pytest.approx(float(ranking + 0.5 * similarities), abs=1e-5)
+
+
 def test_what_a_loss_cannot_do_is_refused(model, rows):
     """With what it can."""
     with pytest.raises(ValueError, match=r"loss_options of triplet has 'scale'; allowed: \['distance_metric', 'tri"):
@@ -107,6 +119,6 @@ def test_what_a_loss_cannot_do_is_refused(model, rows):
         build_loss("cosent", model, matryoshka_dims=[64])
     with pytest.raises(ValueError, match=r"matryoshka_dims=\[8\] with loss='distill_mse'; allowed: losses without"):
         build_loss("distill_mse", model, matryoshka_dims=[8])
-    data = DatasetDict(a=Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}))
+    data = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
     with pytest.raises(ValueError, match="a teacher of width 32 and a student of 16; allowed: equal widths"):
         with_teacher_vectors(data, model, "distill_mse", width=16, batch_size=2)

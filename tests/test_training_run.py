@@ -424,6 +424,39 @@ def test_a_memory_starts_from_translations(tmp_path, tiny_parent, corpus):
     assert torch.allclose(trained.rows, sentence.encoder_of(fitted).ngram_memory.rows, atol=1e-6)
 
 
+def test_translations_are_learned_beside_pairs_in_one_language(tmp_path, tiny_parent, corpus):
+    """Each by its own loss: texts and their translations to the teacher's vector, pairs told apart and kept."""
+    pairs = [{"anchor": text, "positive": text[::-1], "domain": "bitext"} for text in corpus[:60]]
+    pairs += [{"anchor": text[::-1], "positive": text[-20::-1], "domain": "others"} for text in corpus[60:100]]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
+    options = {"domain_column": "domain", "loss": "ranking_distill_kl", "domain_losses": '{"bitext": "translation"}'}
+    more = {"teacher": str(tiny_parent), "ngram_memory_size": 100, "eval_data": file, "eval_strategy": "steps"}
+    flags = ["--preserve_experts", "--fit_translations"]
+    train([*words(tmp_path / "out", tiny_parent, file, **options, **more, max_steps=8, logging_steps=1), *flags])
+    encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
+    started_from = upcycle(
+        str(tiny_parent),
+        preserved_texts=[row["anchor"] for row in pairs if row["domain"] == "bitext"],
+        ngram_texts=[row["positive"] for row in pairs] + [row["anchor"] for row in pairs if row["domain"] == "others"],
+        ngram_memory_size=100,
+    )
+    assert torch.equal(encoder.ngram_memory.names, sentence.encoder_of(started_from).ngram_memory.names)
+    (layer,) = encoder.config.sparse_layers
+    experts = encoder.layers[layer].mlp.experts.up_proj
+    started = sentence.encoder_of(started_from).layers[layer].mlp.experts.up_proj
+    assert torch.equal(experts[:2], started[:2])
+    assert not torch.equal(experts[2:], started[2:])
+    logged = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
+    assert {"eval_bitext_loss", "eval_others_loss"} <= set().union(*logged)
+
+
+def test_a_loss_for_a_domain_that_is_not_there_is_refused(tmp_path, tiny_parent, pairs_file):
+    options = {"domain_column": "domain", "domain_losses": '{"laws": "cached_multiple_negatives_ranking"}'}
+    with pytest.raises(ValueError, match=r"domain_losses names the domain 'laws'; allowed: \['"):
+        train(words(tmp_path / "out", tiny_parent, pairs_file, **options))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import HfArgumentParser
 
 from .losses import LOSSES
+from .yaml_files import read_yaml
 
 OBJECTIVES = ("embedding", "mlm")
 PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -61,6 +62,10 @@ class TrainOptions:
     loss: str = field(default="multiple_negatives_ranking", metadata=_help("The loss.", choices=tuple(LOSSES)))
     loss_options: dict | str | None = field(
         default=None, metadata=_help('Its keyword arguments as JSON, such as {"scale": 20}.')
+    )
+    domain_losses: dict | str | None = field(
+        default=None,
+        metadata=_help('Domains with another loss than the others, as JSON, such as {"bitext": "translation"}.'),
     )
     matryoshka_dims: list[int] = field(default_factory=list, metadata=_help("Widths at which the loss is taken as well."))
     teacher: str | None = field(default=None, metadata=_help("Folder or Hub id of the teacher, for the distill losses."))
@@ -140,6 +145,7 @@ class TrainOptions:
 
     def __post_init__(self):
         _require(isinstance(self.loss_keywords, dict), "loss_options", self.loss_options, "a JSON object")
+        _require(isinstance(self.losses_by_domain, dict), "domain_losses", self.domain_losses, "a JSON object")
         for name, allowed in (("objective", OBJECTIVES), ("loss", LOSSES), ("preset", (None, *PRESETS))):
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
         _require(bool(self.train_data), "train_data", self.train_data, "at least one file or dataset name")
@@ -160,26 +166,30 @@ class TrainOptions:
             self.preset,
             f"one of {list(PRESETS)} for mlm without a model",
         )
-        needs_teacher = self.objective == "embedding" and LOSSES[self.loss].needs_teacher
+        self._check_domain_losses()
+        taught = [f"loss={name!r}" for name in self.losses if LOSSES[name].needs_teacher and self.objective == "embedding"]
         _require(
-            (self.teacher is not None) == needs_teacher,
+            (self.teacher is not None) == bool(taught),
             "teacher",
             self.teacher,
-            f"a folder or Hub id for loss={self.loss!r}" if needs_teacher else "None with this loss or objective",
+            f"a folder or Hub id for {' and '.join(taught)}" if taught else "None with this loss or objective",
         )
         if self.calibration_rows and self.objective == "mlm":
             _require(False, "calibration_rows", self.calibration_rows, "0 with objective='mlm'")
         if self.ngram_memory_size and self.objective == "mlm":
             _require(False, "ngram_memory_size", self.ngram_memory_size, "0 with objective='mlm'")
         if self.fit_translations:
-            _require(self.loss == "translation", "loss", self.loss, "'translation' with fit_translations=True")
+            has_translations = any(LOSSES[name].first_column_only for name in self.losses)
+            _require(
+                has_translations, "loss", self.loss, "'translation', here or in domain_losses, with fit_translations=True"
+            )
             size = self.ngram_memory_size
             _require(size > 0, "ngram_memory_size", size, "an integer of at least 1 with fit_translations=True")
         if self.preserve and self.preserve_experts:
             _require(False, "preserve_experts", True, "False with preserve=True, which keeps more")
         if self.preserves:
             refuse_to_move_preserved(self)
-        if self.loss == "translation" and self.columns:
+        if "translation" in self.losses and self.columns:
             _require(len(self.columns) == 2, "columns", self.columns, "two with loss='translation': text, translation")
         if self.lora_rank and self.objective == "mlm":
             _require(False, "lora_rank", self.lora_rank, "0 with objective='mlm'")
@@ -189,15 +199,42 @@ class TrainOptions:
         """Whether texts like those of the first column have experts that stay."""
         return self.preserve or self.preserve_experts
 
+    def _check_domain_losses(self) -> None:
+        for domain, name in self.losses_by_domain.items():
+            _require(name in LOSSES, f"domain_losses[{domain!r}]", name, f"one of {list(LOSSES)}")
+            same = [other for other, kind in LOSSES.items() if (kind.columns, kind.needs_label) == self._rows_of(self.loss)]
+            fits = self._rows_of(name) == self._rows_of(self.loss)
+            _require(
+                fits, f"domain_losses[{domain!r}]", name, f"with loss={self.loss!r}, which has the same columns, {same}"
+            )
+        if self.losses_by_domain:
+            _require(self.objective == "embedding", "domain_losses", self.domain_losses, "None with objective='mlm'")
+            _require(self.domain_column is not None, "domain_column", self.domain_column, "a column, with domain_losses")
+            _require(self.one_domain_batches, "one_domain_batches", self.one_domain_batches, "True with domain_losses")
+            _require(not self.matryoshka_dims, "matryoshka_dims", self.matryoshka_dims, "none with domain_losses")
+
+    @staticmethod
+    def _rows_of(loss: str) -> tuple[tuple[str, ...], bool]:
+        return LOSSES[loss].columns, LOSSES[loss].needs_label
+
     @property
     def loss_keywords(self) -> dict[str, Any]:
         """`loss_options` as a dictionary; a YAML file holds one already."""
-        if not isinstance(self.loss_options, str):
-            return {} if self.loss_options is None else self.loss_options
-        try:
-            return json.loads(self.loss_options)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"loss_options={self.loss_options!r} is not possible; allowed: a JSON object.") from error
+        return _json("loss_options", self.loss_options)
+
+    @property
+    def losses_by_domain(self) -> dict[str, str]:
+        """`domain_losses` as a dictionary."""
+        return _json("domain_losses", self.domain_losses)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Every loss that is taken somewhere, `loss` first."""
+        return tuple(dict.fromkeys([self.loss, *self.losses_by_domain.values()]))
+
+    def loss_of(self, domain: str) -> str:
+        """The loss of a domain."""
+        return self.losses_by_domain.get(domain, self.loss)
 
     @property
     def conditions(self) -> dict[str, str]:
@@ -238,7 +275,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTr
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config={path} is not YAML ({error}); allowed: a YAML mapping of options.") from error
     if not isinstance(content, dict):
@@ -265,9 +302,19 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is list:
         of = get_args(kind)
         return isinstance(value, list) and (of not in ((int,), (str,)) or all(type(item) in of for item in value))
-    if origin in (bool, int, float):  # argparse converts texts, such as the 2e-5 that YAML 1.1 does not read as a number
+    if origin in (bool, int, float):  # argparse converts texts
         return type(value) in (origin, str) or (origin is float and type(value) is int)
     return origin not in (str, dict, NoneType) or type(value) is origin
+
+
+def _json(option: str, value: Any) -> Any:
+    """An option that is JSON on the command line and a mapping in a YAML file; an empty dictionary where not given."""
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option}={value!r} is not possible; allowed: a JSON object.") from error
 
 
 def _require(holds: bool, option: str, value: object, allowed: str) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ..configuration_hagmoe import HagMoeConfig
 from ..modeling_hagmoe import HagMoePreTrainedModel
 from .parameters import encoder_parameters, value_by_pattern
+from .yaml_files import read_yaml
 
 ROUTER_FIELDS = ("aux_loss_coef", "z_loss_coef", "bias_update_rate")
 
@@ -102,7 +103,7 @@ def read_curriculum(path: str | Path) -> Curriculum:
         OSError: The file cannot be read.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML ({error}); allowed: a YAML file with the key 'phases'.") from error
     entries = content.get("phases") if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""Losses by name, all of them sentence-transformers' but two: similarities and translations as a teacher sees them."""
+"""Losses by name, all of them sentence-transformers' but three: similarities and translations as a teacher sees them."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as library
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class LossKind:
         needs_label: Whether rows carry a number.
         compares_rows: Whether a row's loss depends on the other rows of its batch.
         needs_teacher: Whether labels are a teacher's vectors.
-        first_column_only: Whether those are of the first column alone.
+        first_column_only: Whether those are of the first column alone, of which the second is a translation.
+        any_width: Whether the teacher's vectors may have another width than the model's.
     """
 
     make: Callable[..., nn.Module]
@@ -34,6 +35,7 @@ class LossKind:
     compares_rows: bool = False
     needs_teacher: bool = False
     first_column_only: bool = False
+    any_width: bool = False
 
 
 class SimilarityDistillationLoss(nn.Module):
@@ -59,16 +61,44 @@ class SimilarityDistillationLoss(nn.Module):
             sentence_features: For each of C columns the tokenised texts of B rows.
             labels: (B, C, D of the teacher), the teacher's vectors.
         """
-        student = [self.model(features)["sentence_embedding"] for features in sentence_features]
-        student_log_probs = self._log_probs(student[0], torch.cat(student[1:]))
-        teacher = labels.to(student[0].dtype).unbind(1)
-        teacher_log_probs = self._log_probs(teacher[0], torch.cat(teacher[1:]))
+        return self._divergence(*self._of_both(sentence_features, labels))
+
+    @staticmethod
+    def _divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+
+    def _of_both(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N) log-probabilities of student and teacher; a row's own positive is the candidate of its number."""
+        student = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        teacher = labels.to(student[0].dtype).unbind(1)
+        student_log_probs, teacher_log_probs = (self._log_probs(of[0], torch.cat(of[1:])) for of in (student, teacher))
+        return student_log_probs, teacher_log_probs
 
     def _log_probs(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """(B, D) and (N, D) -> (B, N)."""
         cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T
         return (cosines / self.temperature).log_softmax(dim=-1)
+
+
+class DistilledRankingLoss(SimilarityDistillationLoss):
+    """`MultipleNegativesRankingLoss`, and beside it a teacher's similarities: new pairs are learned, and what the teacher
+    knows of them is kept.
+
+    Args:
+        model: The student.
+        temperature: Divides the cosines of both; over 0. `MultipleNegativesRankingLoss` multiplies by its inverse.
+        imitation: Weight of the divergence from the teacher's similarities.
+    """
+
+    def __init__(self, model: SentenceTransformer, temperature: float = 0.05, imitation: float = 1.0):
+        super().__init__(model, temperature)
+        self.imitation = imitation
+
+    def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """As for the similarities alone."""
+        student_log_probs, teacher_log_probs = self._of_both(sentence_features, labels)
+        own = torch.arange(len(student_log_probs), device=student_log_probs.device)
+        return F.nll_loss(student_log_probs, own) + self.imitation * self._divergence(student_log_probs, teacher_log_probs)
 
 
 class TranslationLoss(nn.Module):
@@ -117,7 +147,8 @@ LOSSES: dict[str, LossKind] = {
     "cosine_similarity": LossKind(library.CosineSimilarityLoss, SCORED_PAIR, needs_label=True),
     "distill_mse": LossKind(library.MSELoss, PAIR, needs_teacher=True),
     "translation": LossKind(TranslationLoss, PAIR, compares_rows=True, needs_teacher=True, first_column_only=True),
-    "distill_kl": LossKind(SimilarityDistillationLoss, PAIR, compares_rows=True, needs_teacher=True),
+    "distill_kl": LossKind(SimilarityDistillationLoss, PAIR, compares_rows=True, needs_teacher=True, any_width=True),
+    "ranking_distill_kl": LossKind(DistilledRankingLoss, PAIR, compares_rows=True, needs_teacher=True, any_width=True),
 }
 
 
@@ -155,13 +186,11 @@ def build_loss(
     return library.MatryoshkaLoss(model, loss, matryoshka_dims=list(matryoshka_dims))
 
 
-def with_teacher_vectors(
-    datasets: DatasetDict, teacher: SentenceTransformer, name: str, width: int, batch_size: int
-) -> DatasetDict:
+def with_teacher_vectors(rows: Dataset, teacher: SentenceTransformer, name: str, width: int, batch_size: int) -> Dataset:
     """Add a teacher's vectors of every text, or of the first column's, as `label`, (columns, D of the teacher) per row.
 
     Args:
-        datasets: Domain -> dataset of texts.
+        rows: Texts.
         teacher: Encodes them once, before training.
         name: The loss that is going to use them.
         width: D of the student.
@@ -171,10 +200,11 @@ def with_teacher_vectors(
         ValueError: A loss that compares vectors with a teacher of another width.
     """
     teacher_width = teacher.get_embedding_dimension()
-    if name != "distill_kl" and teacher_width != width:
+    if not LOSSES[name].any_width and teacher_width != width:
+        others = " or ".join(f"loss={other!r}" for other, kind in LOSSES.items() if kind.any_width)
         raise ValueError(
-            f"loss={name!r} with a teacher of width {teacher_width} and a student of {width}; allowed: equal widths, "
-            "or loss='distill_kl'."
+            f"loss={name!r} with a teacher of width {teacher_width} and a student of {width}; allowed: equal widths, or "
+            f"{others}."
         )
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list]:
@@ -182,4 +212,4 @@ def with_teacher_vectors(
         vectors = [teacher.encode(texts, batch_size=batch_size, show_progress_bar=False) for texts in columns]
         return {LABEL: [list(row) for row in zip(*vectors, strict=True)]}
 
-    return datasets.map(encode, batched=True, batch_size=8 * batch_size, desc="Teacher")
+    return rows.map(encode, batched=True, batch_size=8 * batch_size, desc="Teacher")

@@ -1,17 +1,18 @@
 """The train command: from options to a folder that holds a model."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from .. import sentence
@@ -153,9 +154,12 @@ def _train_embeddings(
     curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
 
     write_report(arguments, report)
-    kind = LOSSES[options.loss]
-    refuse_too_small(train_data, arguments.train_batch_size, arguments.dataloader_drop_last, kind.compares_rows)
-    _refuse_unknown_domains(curriculum, train_data)
+    for domain, rows in train_data.items():
+        compares_rows = LOSSES[options.loss_of(domain)].compares_rows
+        refuse_too_small({domain: rows}, arguments.train_batch_size, arguments.dataloader_drop_last, compares_rows)
+    for phase in curriculum.curriculum.phases if curriculum else ():
+        _refuse_unknown_domains(f"Phase {phase.name!r}: mix", phase.mix or {}, train_data)
+    _refuse_unknown_domains("domain_losses", options.losses_by_domain, train_data)
     eval_data = None
     if options.eval_data:
         eval_data, eval_report = _load_data(options, arguments, options.eval_data, max_rows=None)
@@ -163,10 +167,11 @@ def _train_embeddings(
     if options.teacher:
         teacher = sentence.load(options.teacher, device=str(arguments.device))
         width = model.get_embedding_dimension() or 0
-        train_data, eval_data = (
-            data and with_teacher_vectors(data, teacher, options.loss, width, arguments.train_batch_size)
-            for data in (train_data, eval_data)
-        )
+        for data in filter(None, (train_data, eval_data)):
+            for domain in data:
+                name = options.loss_of(domain)
+                if LOSSES[name].needs_teacher:
+                    data[domain] = with_teacher_vectors(data[domain], teacher, name, width, arguments.train_batch_size)
         del teacher  # its vectors are all that is needed of it
 
     trainer = HagMoeTrainer(
@@ -174,7 +179,7 @@ def _train_embeddings(
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        loss=build_loss(options.loss, model, options.loss_keywords, options.matryoshka_dims),
+        loss=_build_losses(options, model, [*train_data, *(eval_data or ())]),
         callbacks=[*wanted, CardCallback(report)],
         temperature=options.temperature,
         one_domain_batches=options.one_domain_batches,
@@ -202,32 +207,49 @@ def _load_data(
     )
 
 
-def _refuse_unknown_domains(curriculum: CurriculumCallback | None, train_data: DatasetDict) -> None:
-    for phase in curriculum.curriculum.phases if curriculum else ():
-        unknown = sorted(set(phase.mix or {}) - set(train_data))
-        if unknown:
-            raise ValueError(
-                f"Phase {phase.name!r}: mix names the domain {unknown[0]!r}; allowed: {sorted(train_data)} (from "
-                "domain_column)."
-            )
+def _build_losses(
+    options: TrainOptions, model: SentenceTransformer, domains: Sequence[str]
+) -> nn.Module | dict[str, nn.Module]:
+    """The loss, or one for each domain; domains with the same loss share it."""
+    own = build_loss(options.loss, model, options.loss_keywords, options.matryoshka_dims)
+    if not options.losses_by_domain:
+        return own
+    losses = {name: own if name == options.loss else build_loss(name, model) for name in options.losses}
+    return {domain: losses[options.loss_of(domain)] for domain in domains}
 
 
-def _calibration_texts(train_data: DatasetDict, rows: int, temperature: float, seed: int) -> list[tuple[str, ...]] | None:
+def _refuse_unknown_domains(where: str, named: Mapping[str, Any], train_data: DatasetDict) -> None:
+    unknown = sorted(set(named) - set(train_data))
+    if unknown:
+        raise ValueError(f"{where} names the domain {unknown[0]!r}; allowed: {sorted(train_data)} (from domain_column).")
+
+
+def _calibration_texts(
+    train_data: DatasetDict, rows: int, temperature: float, seed: int, preserving: Collection[str]
+) -> list[tuple[str, ...]] | None:
     """All texts of a sample, with `rows` of the largest domain and of others as training draws them; None for no rows.
 
-    The first two texts of a row belong together, unless a label says how much they do; further ones are negatives.
+    The first two texts of a row belong together, unless a label says how much they do; further ones are negatives. Of
+    domains that preserve their first column's kind of text, it is left out.
     """
     if not rows:
         return None
     items: list[tuple[str, ...]] = []
     largest = max(map(len, train_data.values()))
-    for data in train_data.values():
+    for domain, data in train_data.items():
         together = 1 if LABEL in data.column_names else 2
         wanted = math.ceil(rows * (len(data) / largest) ** (1 / temperature))
         for row in data.shuffle(seed=seed).select(range(min(wanted, len(data)))):
             texts = [text for text in row.values() if isinstance(text, str)]
-            items += [tuple(texts[:together]), *((text,) for text in texts[together:])]
+            if domain in preserving:
+                items += [(text,) for text in texts[1:]]
+            else:
+                items += [tuple(texts[:together]), *((text,) for text in texts[together:])]
     return items
+
+
+def _texts_of(data: Dataset) -> list[list[str]]:
+    return [[text for text in row.values() if isinstance(text, str)] for row in data]
 
 
 def _load_model(
@@ -239,23 +261,25 @@ def _load_model(
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
+        translated = [domain for domain in train_data if LOSSES[options.loss_of(domain)].first_column_only]
+        preserving = (translated or list(train_data)) if options.preserves else []
         texts: Sequence[str | Sequence[str]] | None = _calibration_texts(
-            train_data, options.calibration_rows, options.temperature, arguments.seed
+            train_data, options.calibration_rows, options.temperature, arguments.seed, preserving
         )
         more: dict[str, Any] = {}
         if options.preserves or options.ngram_memory_size:
-            rows = [[text for text in row.values() if isinstance(text, str)] for data in train_data.values() for row in data]
-            learned = [text for row in rows for text in (row[1:] if options.preserves else row)]
+            rows = {domain: _texts_of(data) for domain, data in train_data.items()}
+            learned = [text for domain in rows for row in rows[domain] for text in row[domain in preserving :]]
             if options.preserves:
-                more["preserved_texts"] = [row[0] for row in rows]
-                texts = [text for item in texts for text in item[1:]] if texts else learned
+                more["preserved_texts"] = [row[0] for domain in preserving for row in rows[domain]]
+                texts = texts or learned
             if options.ngram_memory_size:
                 more["ngram_texts"] = learned
                 more["ngram_memory_size"] = options.ngram_memory_size
         model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **more, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.fit_translations:
-            say(arguments, str(fit_translations(model, rows)))
+            say(arguments, str(fit_translations(model, [row for domain in translated for row in rows[domain]])))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
     elif options.fit_translations:
