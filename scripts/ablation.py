@@ -57,6 +57,9 @@ def main() -> None:
     )
     parser.add_argument("--max-length", type=int, default=64, help="with --prepare: longest text in tokens")
     parser.add_argument("--rows", type=int, default=None, help="with --prepare: most training pairs of each domain")
+    parser.add_argument(
+        "--titles", action="store_true", help="with --prepare: add what articles of one title say in two languages"
+    )
     parser.add_argument("--budget", choices=sorted(BUDGETS), default="screening")
     parser.add_argument("--only", nargs="+", default=None, metavar="ARM", help="with --table: these arms of it")
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -72,7 +75,8 @@ def main() -> None:
 
         if args.kit is None:
             parser.error("--prepare needs --kit: pairs that repeat an evaluation text are left out")
-        prepare(args.prepare, args.kit, args.parent or parent_folder(), args.inputs, args.max_length, args.rows, seed=0)
+        parent = args.parent or parent_folder()
+        prepare(args.prepare, args.kit, parent, args.inputs, args.max_length, args.rows, seed=0, titles=args.titles)
     elif args.table:
         from ablation.run import run_table
 

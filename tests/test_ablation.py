@@ -95,6 +95,47 @@ def test_a_run_on_translations_moves_what_may_learn(prepared, pairs, dev, tmp_pa
     assert all(".experts." in name or name.endswith("ngram_memory.rows") for name in moved)
 
 
+def test_experts_may_stay_where_all_else_learns(prepared, pairs, dev, tmp_path):
+    arm = dataclasses.replace(ARMS["hag-translations-home"], memory=40, fitted=False)
+    budget = {"left_out_languages": ("en",), "translated": ("software",)}
+    model = trained(arm, prepared, pairs, dev, tmp_path, **budget)[1]
+    before = model_of(arm, prepared).state_dict()
+    after = model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("attention.o_proj" in name for name in moved)
+    assert not any(".router." in name or ".embeddings." in name for name in moved)
+    stacks = [name for name in moved if ".experts." in name]
+    assert stacks
+    for name in stacks:
+        assert torch.equal(before[name][0], after[name][0])
+        assert not torch.equal(before[name][1], after[name][1])
+
+
+def test_articles_of_one_title_are_translations():
+    """Names are the same in many languages; what gives them away is cut off, and who held out a text holds out its pair."""
+    rows = [
+        ("encyclopedia", "en", "Ada Lovelace, English mathematician", "Augusta Ada King was", "train"),
+        ("encyclopedia", "es", "Ada Lovelace, matemática, inglesa", "Augusta Ada King fue", "train"),
+        ("encyclopedia", "fr", "Ada Lovelace, mathématicienne", "Augusta Ada King est", "dev"),
+        ("encyclopedia", "es", "Ada Lovelace, otra", "Otra vez", "train"),  # the same title once more
+        ("encyclopedia", "en", "Orinoco, river", "The Orinoco is", "dev"),
+        ("encyclopedia", "es", "Orinoco, río", "El Orinoco es", "train"),  # its English is held out
+        ("encyclopedia", "es", "Lima es una ciudad", "Capital", "train"),  # no title
+        ("encyclopedia", "es", "x" * 61 + ", largo", "Largo", "train"),
+        ("encyclopedia", "en", "x" * 61 + ", long", "Long", "train"),
+        ("software", "es", "Ada Lovelace, programa", "Un programa", "train"),
+    ]
+    pairs = pd.DataFrame(rows, columns=["domain", "lang", "anchor", "positive", "split"])
+    found = inputs.same_titles(pairs)
+    assert set(found.domain) == {"encyclopedia-bitext"}
+    assert {tuple(row) for row in found[["lang", "anchor", "positive", "split"]].values} == {
+        ("es", "English mathematician", "matemática, inglesa", "train"),
+        ("es", "Augusta Ada King was", "Augusta Ada King fue", "train"),
+        ("fr", "English mathematician", "mathématicienne", "dev"),
+        ("fr", "Augusta Ada King was", "Augusta Ada King est", "dev"),
+    }
+
+
 def test_a_domain_gives_every_row_before_it_repeats_one(pairs):
     long = dataclasses.replace(TINY_BUDGET, steps=400)
     rows = np.concatenate(inputs.plan(pairs, long, 0, False))

@@ -268,7 +268,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         replace(
             TRANSLATIONS,
             name="hag-translations-all",
-            about="the same groups and memory, and all weights learn, but for gates and embeddings",
+            about="a group for English, one for others, a memory that starts from translations; gates and embeddings stay",
             expert_rate=2.0,
             frozen_gates=1.0,
             all_learn=True,
@@ -276,7 +276,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         replace(
             TRANSLATIONS,
             name="hag-translations-home",
-            about="the same, but for the experts of English, which stay the parent's",
+            about="the same, and the experts of English stay as well",
             expert_rate=2.0,
             frozen_gates=1.0,
             all_learn=True,

@@ -90,7 +90,16 @@ def _gather(texts: Texts, rows_B: Tensor, longest: int, pad_id: int) -> dict[str
     return {"input_ids": ids_BL.long(), "attention_mask": mask_BL.long()}
 
 
-def prepare(pairs: Path, kit: Path, parent: Path, out: Path, max_length: int, most_rows: int | None, seed: int) -> None:
+def prepare(
+    pairs: Path,
+    kit: Path,
+    parent: Path,
+    out: Path,
+    max_length: int,
+    most_rows: int | None,
+    seed: int,
+    titles: bool = False,
+) -> None:
     """Make the folder `out`.
 
     Args:
@@ -101,12 +110,14 @@ def prepare(pairs: Path, kit: Path, parent: Path, out: Path, max_length: int, mo
         max_length: Longest text in tokens.
         most_rows: Pairs kept of each domain; None for all.
         seed: Of that sample.
+        titles: Whether to add what articles of one title say in two languages, as a domain of translations.
 
     Raises:
         ValueError: A domain is left without pairs to train on, or to hold out.
     """
     frame = pd.read_parquet(pairs).sample(frac=1, random_state=seed)
-    frame = pd.concat([frame, same_titles(frame)], ignore_index=True)
+    if titles:
+        frame = pd.concat([frame, same_titles(frame)], ignore_index=True)
     sets = find_sets(kit)
     known = kit_texts(sets)
     tokenizer = AutoTokenizer.from_pretrained(parent)
