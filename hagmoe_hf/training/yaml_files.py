@@ -23,4 +23,8 @@ def read_yaml(path: str | os.PathLike) -> Any:
         UnicodeDecodeError: It is not UTF-8.
         OSError: It cannot be read.
     """
-    return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    loader = _Loader(Path(path).read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
