@@ -44,6 +44,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
             ["--domain_losses", '{"a": "mse"}'],
             r"domain_losses\['a'\]='mse' is not possible; allowed: one of \['multiple_negatives",
         ),
+        (["--domain_losses", '{"a": ["cosent"]}'], r"domain_losses\['a'\]=\['cosent'\] is not possible; allowed: one of"),
         (
             ["--domain_losses", '{"a": "cosent"}', "--domain_column", "d"],
             r"domain_losses\['a'\]='cosent' .*with loss='multiple_negatives_ranking', .*same columns, \['multiple_neg",

@@ -201,7 +201,8 @@ class TrainOptions:
 
     def _check_domain_losses(self) -> None:
         for domain, name in self.losses_by_domain.items():
-            _require(name in LOSSES, f"domain_losses[{domain!r}]", name, f"one of {list(LOSSES)}")
+            is_known = isinstance(name, str) and name in LOSSES
+            _require(is_known, f"domain_losses[{domain!r}]", name, f"one of {list(LOSSES)}")
             same = [other for other, kind in LOSSES.items() if (kind.columns, kind.needs_label) == self._rows_of(self.loss)]
             fits = self._rows_of(name) == self._rows_of(self.loss)
             _require(
