@@ -203,11 +203,9 @@ class TrainOptions:
         for domain, name in self.losses_by_domain.items():
             is_known = isinstance(name, str) and name in LOSSES
             _require(is_known, f"domain_losses[{domain!r}]", name, f"one of {list(LOSSES)}")
-            same = [other for other, kind in LOSSES.items() if (kind.columns, kind.needs_label) == self._rows_of(self.loss)]
-            fits = self._rows_of(name) == self._rows_of(self.loss)
-            _require(
-                fits, f"domain_losses[{domain!r}]", name, f"with loss={self.loss!r}, which has the same columns, {same}"
-            )
+            same = [other for other in LOSSES if self._rows_of(other) == self._rows_of(self.loss)]
+            allowed = f"with loss={self.loss!r}, which has the same columns, {same}"
+            _require(name in same, f"domain_losses[{domain!r}]", name, allowed)
         if self.losses_by_domain:
             _require(self.objective == "embedding", "domain_losses", self.domain_losses, "None with objective='mlm'")
             _require(self.domain_column is not None, "domain_column", self.domain_column, "a column, with domain_losses")
