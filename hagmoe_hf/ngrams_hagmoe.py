@@ -73,13 +73,15 @@ def frequent_ngrams(
         left_out: Ids that are part of no n-gram, such as special tokens'.
         most: Most n-grams that are counted.
         order: Tokens of the longest n-gram.
-        least_count: How often an n-gram occurs at least.
+        least_count: How often an n-gram occurs at least. One that is a whole text, as a dictionary's word is, counts so often
+            there.
         preserved: Ids and lengths of other texts; an n-gram that occurs in them is not counted.
 
     Returns:
         Names (N,) int64, rising, and counts (N,) int64. Of equally frequent n-grams shorter ones come first. A count of 0
         marks the beginning of an n-gram that is counted, named for its sake alone; without `preserved` there is none.
     """
+    ids, lengths = _with_whole_texts(ids, lengths, left_out, order, least_count)
     other_ids, other_lengths = preserved or (ids[:0], lengths[:0])
     is_own_T = torch.arange(len(ids) + len(other_ids)) < len(ids)
     ids, lengths = torch.cat([ids, other_ids]), torch.cat([lengths, other_lengths])
@@ -116,6 +118,16 @@ def frequent_ngrams(
         row_before = torch.where(is_mine, is_mine.cumsum(0) - 1 + first_row, 0)
         first_row += len(mine)
     return torch.cat(chosen), (all_counts * is_counted)[torch.cat(is_chosen)]
+
+
+def _with_whole_texts(ids: Tensor, lengths: Tensor, left_out: list[int], order: int, times: int) -> tuple[Tensor, Tensor]:
+    """Ids and lengths of texts, those that are one n-gram as a whole so many times."""
+    text_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    is_part_T = ~torch.isin(ids, torch.tensor(left_out, dtype=torch.int64))
+    parts = torch.bincount(text_T[is_part_T], minlength=len(lengths))
+    is_whole = (parts > 0) & (parts <= order)
+    more_ids, more_lengths = ids[is_whole[text_T]], lengths[is_whole]
+    return torch.cat([ids, *[more_ids] * (times - 1)]), torch.cat([lengths, *[more_lengths] * (times - 1)])
 
 
 def spell_ngrams(names: Tensor) -> list[tuple[int, ...]]:

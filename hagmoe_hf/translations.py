@@ -3,6 +3,7 @@
 Axes:  T tokens of all texts of a chunk, one text after the other   P pairs   N rows of the memory   D width
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ PENALTY = 0.1
 STRENGTH = 0.5
 CHUNK = 1024  # texts at a time
 MOST_ITERATIONS = 50
-SMALL_ENOUGH = 1e-3  # norm of the residual against its first one
+SMALL_ENOUGH = 3e-3  # norm of the residual against its first one
 
 
 TokenizedTexts = tuple[Tensor, Tensor]
@@ -181,22 +182,26 @@ def _read(
 
 def _ridge(shares_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:
     """(N, D) rows R that make |shares R - target|^2 + penalty |R|^2 least: conjugate gradients, for all of D at once."""
-    shares_NP = shares_PN.t().coalesce()
     squares_N = torch.zeros(shares_PN.shape[1]).index_add_(0, shares_PN.indices()[1], shares_PN.values().square())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # compressed rows: products twice as fast
+        shares_NP, shares_PN = shares_PN.t().coalesce().to_sparse_csr(), shares_PN.to_sparse_csr()
     scale_N1 = 1 / (squares_N + penalty).unsqueeze(-1)  # Jacobi preconditioning: frequent n-grams beside rare ones
-    residual_ND = torch.sparse.mm(shares_NP, target_PD)
+    residual_ND = shares_NP @ target_PD
     rows_ND = torch.zeros_like(residual_ND)
     first = residual_ND.norm()
-    direction_ND = scaled_ND = residual_ND * scale_N1
+    scaled_ND = residual_ND * scale_N1
+    direction_ND = scaled_ND.clone()
     product_D = (residual_ND * scaled_ND).sum(0)
+    tiny = torch.finfo(torch.float32).tiny
     for _ in tqdm(range(MOST_ITERATIONS), desc="Least squares", leave=False):
         if residual_ND.norm() <= SMALL_ENOUGH * first:
             break
-        applied_ND = torch.sparse.mm(shares_NP, torch.sparse.mm(shares_PN, direction_ND)) + penalty * direction_ND
-        step_D = product_D / (direction_ND * applied_ND).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+        applied_ND = (shares_NP @ (shares_PN @ direction_ND)).add_(direction_ND, alpha=penalty)
+        step_D = product_D / (direction_ND * applied_ND).sum(0).clamp(min=tiny)
         rows_ND += step_D * direction_ND
-        residual_ND = residual_ND - step_D * applied_ND
-        scaled_ND = residual_ND * scale_N1
+        residual_ND -= step_D * applied_ND
+        torch.mul(residual_ND, scale_N1, out=scaled_ND)
         last_D, product_D = product_D, (residual_ND * scaled_ND).sum(0)
-        direction_ND = scaled_ND + product_D / last_D.clamp(min=torch.finfo(torch.float32).tiny) * direction_ND
+        direction_ND.mul_(product_D / last_D.clamp(min=tiny)).add_(scaled_ND)
     return rows_ND

@@ -60,6 +60,9 @@ def main() -> None:
     parser.add_argument(
         "--titles", action="store_true", help="with --prepare: add what articles of one title say in two languages"
     )
+    parser.add_argument(
+        "--words", type=Path, default=None, help="with --prepare: pairs of words, made by scripts/word_pairs.py"
+    )
     parser.add_argument("--budget", choices=sorted(BUDGETS), default="screening")
     parser.add_argument("--only", nargs="+", default=None, metavar="ARM", help="with --table: these arms of it")
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -76,7 +79,7 @@ def main() -> None:
         if args.kit is None:
             parser.error("--prepare needs --kit: pairs that repeat an evaluation text are left out")
         parent = args.parent or parent_folder()
-        prepare(args.prepare, args.kit, parent, args.inputs, args.max_length, args.rows, seed=0, titles=args.titles)
+        prepare(args.prepare, args.kit, parent, args.inputs, args.max_length, args.rows, 0, args.titles, args.words)
     elif args.table:
         from ablation.run import run_table
 

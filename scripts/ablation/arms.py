@@ -37,6 +37,7 @@ class Arm:
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
         all_learn: Whether more learns than the memory and the other groups' experts, where a language is preserved.
         still_experts: Whether the experts of that language stay nevertheless.
+        preserved_rate: Factor on their learning rate, beside `expert_rate`, where they do not.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Arm:
     preserved: str = ""
     all_learn: bool = False
     still_experts: bool = False
+    preserved_rate: float = 1.0
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
@@ -281,6 +283,16 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             frozen_gates=1.0,
             all_learn=True,
             still_experts=True,
+        ),
+        replace(
+            TRANSLATIONS,
+            name="hag-words",
+            about="English experts learn slowly, those of other languages fast; twice the memory, so that it holds dictionaries",
+            expert_rate=2.0,
+            frozen_gates=1.0,
+            all_learn=True,
+            preserved_rate=0.25,
+            memory=131072,
         ),
         replace(
             TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ablation.budgets import TRANSLATED, Budget
+from ablation.budgets import TRANSLATED, WORDS, Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
-from hagmoe_hf.evaluation.kit import find_sets
+from hagmoe_hf.evaluation.kit import KitSet, find_sets
 from hagmoe_hf.files import new_folder
 from hagmoe_hf.ngram_memory import LEAST_COUNT
 from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
@@ -69,6 +69,8 @@ class Pairs:
     def rows_of(self, domain: int, budget: Budget) -> np.ndarray:
         """Numbers of a domain's pairs that may be trained on."""
         rows = np.arange(*self.first_rows[domain : domain + 2])
+        if self.domains[domain] == WORDS:
+            return rows[: budget.word_pairs]
         if self.domains[domain] in budget.left_out:
             return rows[:0]
         is_translated = self.domains[domain] in budget.translated  # its pairs are in two languages
@@ -99,6 +101,7 @@ def prepare(
     most_rows: int | None,
     seed: int,
     titles: bool = False,
+    words: Path | None = None,
 ) -> None:
     """Make the folder `out`.
 
@@ -111,6 +114,8 @@ def prepare(
         most_rows: Pairs kept of each domain; None for all.
         seed: Of that sample.
         titles: Whether to add what articles of one title say in two languages, as a domain of translations.
+        words: Parquet of `scripts/word_pairs.py`, likewise a domain of translations; None for none. All of them are kept,
+            but for pairs that the kit has, and a memory may start from all; a budget says how many are trained on.
 
     Raises:
         ValueError: A domain is left without pairs to train on, or to hold out.
@@ -120,6 +125,8 @@ def prepare(
         frame = pd.concat([frame, same_titles(frame)], ignore_index=True)
     sets = find_sets(kit)
     known = kit_texts(sets)
+    if words is not None:
+        frame = pd.concat([frame, without_known(pd.read_parquet(words), sets)], ignore_index=True)
     tokenizer = AutoTokenizer.from_pretrained(parent)
     manifest: dict = {
         "pairs": pairs.name,
@@ -131,7 +138,7 @@ def prepare(
     with new_folder(out) as folder:
         for domain, rows in tqdm(sorted(frame.groupby("domain")), desc="Domains"):
             train, dev = (rows[rows.split == split] for split in ("train", "dev"))
-            train, dev = train[:most_rows], dev[:DEV_ROWS]
+            train, dev = train[: None if domain == WORDS else most_rows], dev[:DEV_ROWS]
             clean = [not is_contaminated(a, p, known) for a, p in zip(train.anchor, train.positive, strict=True)]
             dropped, train = len(train) - sum(clean), train[clean]
             if train.empty or dev.empty:
@@ -182,6 +189,19 @@ def same_titles(pairs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(halves).assign(domain="encyclopedia-bitext").sample(frac=1, random_state=0)
 
 
+def without_known(words: pd.DataFrame, sets: Sequence[KitSet]) -> pd.DataFrame:
+    """Pairs of words, in a random order, without those that a set of the kit compares (in either order, or in any case)."""
+    compared = {
+        frozenset(str(row[side]).lower() for side in ("sentence1", "sentence2"))
+        for kit_set in sets
+        for rows in kit_set.read().values()
+        for row in rows
+        if "sentence1" in row
+    }
+    pairs = zip(words.anchor.str.lower(), words.positive.str.lower(), strict=True)
+    return words[[frozenset(pair) not in compared for pair in pairs]].sample(frac=1, random_state=0)
+
+
 def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
     arrays = {}
     small = np.uint16 if len(tokenizer) < 2**16 else np.uint32
@@ -229,6 +249,8 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
     """Pairs as training draws and sees them: so many of each domain as its weight says, texts cut to length."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
     sizes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["domains"]
+    if WORDS in sizes:
+        sizes[WORDS]["train"] = min(sizes[WORDS]["train"], budget.word_pairs)
     weights = {
         domain: sizes[domain]["train"] ** (1 / budget.temperature) for domain in sizes if domain not in budget.left_out
     }

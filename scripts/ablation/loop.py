@@ -144,6 +144,13 @@ class Trainee:
         parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if imitates else None
         self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), distillation)
         self.trained = [parameter for group in groups for parameter in group["params"]]
+        # Views: Adam's steps have one size, whatever a gradient's, so what learns slowly goes back a part of each
+        self.slow_experts = [
+            stack.detach()[0]
+            for group in groups
+            if arm.preserved_rate != 1 and group["kind"] == "experts"
+            for stack in group["params"]
+        ]
         self.average = [parameter.detach().clone() for parameter in self.trained] if arm.average else []
         for group in groups if arm.shared_gradient else ():
             for stack in group["params"] if group["kind"] == "experts" else ():
@@ -179,7 +186,10 @@ class Trainee:
             loss = self.loss.translations(features) if domain in setting.budget.translated else self.loss(features)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
+        before = [expert.clone() for expert in self.slow_experts]
         self.optimizer.step()
+        for expert, old in zip(self.slow_experts, before, strict=True):
+            expert.lerp_(old, 1 - setting.arm.preserved_rate)
         self.optimizer.zero_grad(set_to_none=True)
         if self.callback is not None:
             self.callback.on_step_end(None, None, None)

@@ -1,0 +1,144 @@
+"""Bilingual dictionaries become training pairs: an English word, and a word of another language that means it.
+
+    python scripts/word_pairs.py /usr/share/dictd words.parquet
+
+Reads FreeDict's dictionaries from and into English in the format of dictd, as Debian's `dict-freedict-*` packages hold them
+(GPL-2.0-or-later, those from Wiktionary CC BY-SA 3.0; each package's `copyright` file says which). Their words are what a
+memory needs to know, and what `fit_translations` sets at once. A model that is trained on them says so on its card.
+"""
+
+import argparse
+import gzip
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from hagmoe_hf.files import new_file
+
+# ISO 639-3, as the dictionaries are named, to the codes that other pairs have
+CODES = {
+    "afr": "af", "ara": "ar", "bul": "bg", "ces": "cs", "cym": "cy", "dan": "da", "deu": "de", "ell": "el", "epo": "eo",
+    "fin": "fi", "fra": "fr", "gle": "ga", "hin": "hi", "hrv": "hr", "hun": "hu", "ind": "id", "isl": "is", "ita": "it",
+    "jpn": "ja", "kur": "ku", "lat": "la", "lit": "lt", "nld": "nl", "nor": "no", "pol": "pl", "por": "pt", "rus": "ru",
+    "slk": "sk", "slv": "sl", "spa": "es", "srp": "sr", "swe": "sv", "swh": "sw", "tur": "tr",
+}  # fmt: skip
+DIGITS = {digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
+MOST_WORDS = 3  # of either side; longer ones explain, they do not translate
+MOST_MEANINGS = 3  # of a headword, first ones first
+HELD_OUT = 0.02  # of English words, with all that translates them
+PRONUNCIATION = re.compile(r"\s/.*|\s*<.*")
+ASIDES = re.compile(r"\([^)]*\)|\[[^\]]*\]|<[^>]*>|\{[^}]*\}")
+NUMBER = re.compile(r"^\s{0,2}(\d+\.|[IVX]+\.)\s*")
+
+
+def word_pairs(folder: Path, most: int, wanted: list[str] | None = None) -> pd.DataFrame:
+    """Pairs of words from all of a folder's dictionaries that have English on one side.
+
+    Args:
+        folder: With `freedict-XXX-eng.dict.dz`, `freedict-eng-XXX.dict.dz` and their `.index` files.
+        most: Pairs of a language. Words that more of the dictionaries translate come first: they are the common ones.
+        wanted: Codes of languages; None for all.
+
+    Returns:
+        Columns domain ("word-bitext"), lang, anchor (English), positive, source, license, split.
+
+    Raises:
+        ValueError: The folder holds no such dictionary.
+    """
+    found: dict[tuple[str, str, str], str] = {}
+    paths = [path for path in sorted(folder.glob("freedict-*.index")) if _language(path)]
+    if not paths:
+        raise ValueError(
+            f"{folder} holds no freedict-*-eng.index or freedict-eng-*.index; allowed: a folder of dictionaries."
+        )
+    for path in tqdm(paths, desc="Dictionaries"):
+        for headword, meaning in entries(path):
+            english, other = (meaning, headword) if path.stem.endswith("-eng") else (headword, meaning)
+            english = english.removeprefix("to ").removeprefix("the ")
+            if re.fullmatch(r"[A-Za-z][A-Za-z' -]*", english) and english.lower() != other.lower():
+                found.setdefault((_language(path), english.lower(), other), path.stem)
+    languages = defaultdict(set)
+    for language, english, _ in found:
+        languages[english].add(language)
+    rows = sorted(((-len(languages[key[1]]), _hash(" ".join(key)), key, source) for key, source in found.items()))
+    taken: dict[str, int] = defaultdict(int)
+    pairs = []
+    for _, _, (language, english, other), source in rows:
+        if taken[language] < most and (wanted is None or language in wanted):
+            taken[language] += 1
+            split = "dev" if _hash(english) < HELD_OUT else "train"
+            pairs.append(("word-bitext", language, english, other, source, "see the package's copyright", split))
+    return pd.DataFrame(pairs, columns=["domain", "lang", "anchor", "positive", "source", "license", "split"])
+
+
+def entries(index: Path) -> Iterator[tuple[str, str]]:
+    """(headword, a meaning) of one dictionary; both without pronunciation, grammar and remarks."""
+    with gzip.open(index.with_suffix(".dict.dz")) as file:
+        data = file.read()
+    places = {
+        tuple(line.split("\t")[1:3]) for line in index.read_text(encoding="utf-8").splitlines() if "00database" not in line
+    }
+    for start, length in sorted((_number(start), _number(length)) for start, length in places):
+        lines = data[start : start + length].decode("utf-8", "replace").splitlines()
+        headword = PRONUNCIATION.sub("", lines[0]).strip() if lines else ""
+        if _is_word(headword):
+            yield from ((headword, meaning) for meaning in _meanings(lines[1:])[:MOST_MEANINGS])
+
+
+def _meanings(lines: list[str]) -> list[str]:
+    """Meanings stand in the first line after the headword, or in numbered ones; others hold remarks and examples."""
+    meanings: list[str] = []
+    is_first = True
+    for line in lines:
+        is_numbered = NUMBER.match(line) is not None
+        if line.startswith("   ") or not (is_first or is_numbered):
+            continue
+        text = ASIDES.sub(" ", NUMBER.sub("", line)).strip()
+        if text:
+            is_first = False
+            parts = (" ".join(part.split()) for part in re.split(r"[,;、]", text))
+            meanings += [part for part in parts if _is_word(part) and part not in meanings]
+    return meanings
+
+
+def _is_word(text: str) -> bool:
+    return bool(text) and len(text.split()) <= MOST_WORDS and not re.search(r"[~./\"\d:?]", text)
+
+
+def _language(index: Path) -> str:
+    """The code of the language that is not English, "" where neither or both are."""
+    first, second = index.stem.split("-")[1:3]
+    return CODES.get(first if second == "eng" else second if first == "eng" else "", "")
+
+
+def _number(digits: str) -> int:
+    value = 0
+    for digit in digits:
+        value = 64 * value + DIGITS[digit]
+    return value
+
+
+def _hash(text: str) -> float:
+    return int(hashlib.sha1(text.encode()).hexdigest()[:12], 16) / 16**12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of dictionaries, such as /usr/share/dictd")
+    parser.add_argument("output", type=Path, help="a Parquet file to write")
+    parser.add_argument("--most", type=int, default=10_000, help="pairs of a language")
+    parser.add_argument("--languages", nargs="+", choices=sorted(CODES.values()), default=None, help="these only")
+    arguments = parser.parse_args()
+    pairs = word_pairs(arguments.folder, arguments.most, arguments.languages)
+    with new_file(arguments.output) as partial:
+        pairs.to_parquet(partial, index=False)
+    print(pairs.groupby(["lang", "split"]).size().unstack(fill_value=0).to_string())
+
+
+if __name__ == "__main__":
+    main()
