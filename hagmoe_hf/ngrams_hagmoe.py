@@ -73,23 +73,22 @@ def frequent_ngrams(
         left_out: Ids that are part of no n-gram, such as special tokens'.
         most: Most n-grams that are counted.
         order: Tokens of the longest n-gram.
-        least_count: How often an n-gram occurs at least. One that is a whole text, as a dictionary's word is, counts so often
-            there.
+        least_count: How often an n-gram occurs at least, but for those that are whole texts, as a dictionary's words are.
         preserved: Ids and lengths of other texts; an n-gram that occurs in them is not counted.
 
     Returns:
-        Names (N,) int64, rising, and counts (N,) int64. Of equally frequent n-grams shorter ones come first. A count of 0
-        marks the beginning of an n-gram that is counted, named for its sake alone; without `preserved` there is none.
+        Names (N,) int64, rising, and counts (N,) int64. The most frequent come first, and of equally frequent ones the
+        shorter; but rarer whole texts have up to half of the places. A count of 0 marks the beginning of an n-gram that is counted, named for its sake alone; without `preserved` there is none.
     """
-    ids, lengths = _with_whole_texts(ids, lengths, left_out, order, least_count)
     other_ids, other_lengths = preserved or (ids[:0], lengths[:0])
     is_own_T = torch.arange(len(ids) + len(other_ids)) < len(ids)
     ids, lengths = torch.cat([ids, other_ids]), torch.cat([lengths, other_lengths])
     follows_T = torch.ones_like(ids, dtype=torch.bool)
     follows_T[(lengths.cumsum(0) - lengths)[lengths > 0]] = False
     is_part_T = ~torch.isin(ids, torch.tensor(left_out, dtype=torch.int64))
+    number_T, is_last_T = _whole_texts(is_part_T & is_own_T, lengths, order)
     # For each n: its candidates' provisional names (their beginning's place among those of n - 1), and their counts
-    candidates, counts = [], []
+    candidates, counts, wholes = [], [], []
     place_T = torch.zeros_like(ids)  # of the n-gram that ends at each token, -1 for none
     for n in range(1, order + 1):
         before_T = place_T if n == 1 else torch.where(follows_T, place_T.roll(1), -1)
@@ -97,14 +96,20 @@ def frequent_ngrams(
         names, inverse_T = name_T.unique(return_inverse=True)
         count = torch.bincount(inverse_T[is_own_T], minlength=len(names))
         is_elsewhere = torch.bincount(inverse_T[~is_own_T], minlength=len(names)) > 0
-        kept = (count >= least_count) & (names >= 0)
+        begins_whole = torch.bincount(inverse_T[number_T == n], minlength=len(names)) > 0
+        is_whole = torch.bincount(inverse_T[(number_T == n) & is_last_T], minlength=len(names)) > 0
+        kept = ((count >= least_count) | begins_whole) & (names >= 0)
         place_T = torch.where(kept, kept.cumsum(0) - 1, -1)[inverse_T]
         candidates.append(names[kept])
-        counts.append((count * ~is_elsewhere)[kept])
+        counts.append((count * ~is_elsewhere * ((count >= least_count) | is_whole))[kept])
+        wholes.append(is_whole[kept])
     sizes = [len(names) for names in candidates]
     all_counts = torch.cat(counts)
     is_counted = torch.zeros(sum(sizes), dtype=torch.bool)
-    is_counted[all_counts.sort(descending=True, stable=True).indices[:most]] = True
+    is_counted[(all_counts * torch.cat(wholes)).sort(descending=True, stable=True).indices[: most // 2]] = True
+    is_counted &= torch.cat(wholes)
+    left = most - int(is_counted.sum())
+    is_counted[(all_counts * ~is_counted).sort(descending=True, stable=True).indices[:left]] = True
     is_counted &= all_counts > 0
     is_chosen = [mine.clone() for mine in is_counted.split(sizes)]
     for shorter, longer, names in reversed(list(zip(is_chosen, is_chosen[1:], candidates[1:], strict=False))):
@@ -120,14 +125,13 @@ def frequent_ngrams(
     return torch.cat(chosen), (all_counts * is_counted)[torch.cat(is_chosen)]
 
 
-def _with_whole_texts(ids: Tensor, lengths: Tensor, left_out: list[int], order: int, times: int) -> tuple[Tensor, Tensor]:
-    """Ids and lengths of texts, those that are one n-gram as a whole so many times."""
+def _whole_texts(is_part_T: Tensor, lengths: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Of texts that are one n-gram: (T,) which of its tokens each token is, from 1 on, 0 elsewhere; (T,) bool its last one."""
     text_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    is_part_T = ~torch.isin(ids, torch.tensor(left_out, dtype=torch.int64))
     parts = torch.bincount(text_T[is_part_T], minlength=len(lengths))
-    is_whole = (parts > 0) & (parts <= order)
-    more_ids, more_lengths = ids[is_whole[text_T]], lengths[is_whole]
-    return torch.cat([ids, *[more_ids] * (times - 1)]), torch.cat([lengths, *[more_lengths] * (times - 1)])
+    before = parts.cumsum(0) - parts
+    number_T = (is_part_T.cumsum(0) - before[text_T]) * is_part_T * (parts <= order)[text_T]
+    return number_T, (number_T > 0) & (number_T == parts[text_T])
 
 
 def spell_ngrams(names: Tensor) -> list[tuple[int, ...]]:

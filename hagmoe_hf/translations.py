@@ -22,7 +22,7 @@ PENALTY = 0.1
 STRENGTH = 0.5
 CHUNK = 1024  # texts at a time
 MOST_ITERATIONS = 50
-SMALL_ENOUGH = 3e-3  # norm of the residual against its first one
+SMALL_ENOUGH = 1e-3  # norm of the residual against its first one
 
 
 TokenizedTexts = tuple[Tensor, Tensor]
@@ -71,7 +71,8 @@ def fit_translations(
         penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n
             words gets half of what these pairs alone would give it where P / n^2 is `penalty`.
         strength: How much of the way to the fitted rows, over 0 to 1. Half of it leaves a word of its own meaning where
-            the texts to come are not like the pairs.
+            the texts to come are not like the pairs. An n-gram that is a whole translation, as a dictionary's words are, goes
+            all of it.
         tokenizer: Of a HAG-MoE; other models have their own.
 
     Returns:
@@ -130,16 +131,18 @@ def fit_rows(
     assert memory is not None
     was_training = encoder.training
     encoder.eval()  # no dropout
-    wanted_PD, wanted_words_P, _, _ = _read(encoder, *texts, special_ids, "Reading texts")
-    found_PD, words_P, pair_M, row_M = _read(encoder, *translations, special_ids, "Reading translations")
+    wanted_PD, wanted_words_P, *_ = _read(encoder, *texts, special_ids, "Reading texts")
+    found_PD, words_P, pair_M, row_M, size_M = _read(encoder, *translations, special_ids, "Reading translations")
     encoder.train(was_training)
+    strength_N1 = torch.full((len(memory.rows), 1), strength)
+    strength_N1[row_M[size_M == words_P[pair_M]]] = 1.0
     is_used_P = (wanted_words_P > 0) & (words_P > 0)
     away_PD = (wanted_PD - found_PD) * is_used_P.unsqueeze(-1)
     pair_M, row_M = pair_M[is_used_P[pair_M]], row_M[is_used_P[pair_M]]
     shares_PN = torch.sparse_coo_tensor(
         torch.stack([pair_M, row_M]), 1 / words_P[pair_M], (len(words_P), len(memory.rows)), check_invariants=False
     ).coalesce()
-    rows_ND = strength * _ridge(shares_PN, away_PD, penalty)
+    rows_ND = strength_N1 * _ridge(shares_PN, away_PD, penalty)
     memory.rows.copy_(rows_ND / encoder.config.ngram_memory_scale)
     left_PD = away_PD - torch.sparse.mm(shares_PN, rows_ND)
     used = int(is_used_P.sum())
@@ -151,8 +154,8 @@ def fit_rows(
 
 def _read(
     encoder: HagMoeModel, ids_T: Tensor, length_P: Tensor, special_ids: Sequence[int], task: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Texts -> (P, D) means of words' embeddings, (P,) how many words; for each n-gram in them (M,) its text and its row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Texts -> (P, D) means of words' embeddings, (P,) how many words; for each n-gram in them (M,) its text, row and tokens."""
     memory, device = encoder.ngram_memory, encoder.device
     assert memory is not None
     special = torch.tensor(list(special_ids), dtype=torch.int64)
@@ -162,7 +165,7 @@ def _read(
         return embeddings(embeddings.word_embeddings(ids), torch.zeros_like(ids), positions)
 
     first_T = length_P.cumsum(0) - length_P
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for first in tqdm(range(0, len(length_P), CHUNK), desc=task, leave=False):
         length_C = length_P[first : first + CHUNK]
         ids_C = ids_T[first_T[first] : first_T[first] + length_C.sum()]
@@ -174,10 +177,11 @@ def _read(
         total = torch.zeros(len(length_C), states_CD.shape[1])
         total.index_add_(0, text_C, states_CD.float().cpu() * is_word_C.unsqueeze(-1))
         found = memory.rows_at(ids_C.to(device)[None], (position_C > 0).to(device)[None])[:, 0].cpu()
-        length, at = found.nonzero(as_tuple=True)
-        parts.append((total / words.clamp(min=1).unsqueeze(-1), words, text_C[at] + first, found[length, at]))
-    means_PD, words_P, text_M, row_M = (torch.cat(part) for part in zip(*parts, strict=True))
-    return means_PD, words_P, text_M, row_M
+        place, at = found.nonzero(as_tuple=True)
+        means = total / words.clamp(min=1).unsqueeze(-1)
+        parts.append((means, words, text_C[at] + first, found[place, at], place + 1))
+    means_PD, words_P, text_M, row_M, size_M = (torch.cat(part) for part in zip(*parts, strict=True))
+    return means_PD, words_P, text_M, row_M, size_M
 
 
 def _ridge(shares_PN: Tensor, target_PD: Tensor, penalty: float) -> Tensor:

@@ -35,14 +35,34 @@ def count(texts: list[list[int]], order: int) -> Counter:
 @given(texts=TEXTS, most=st.integers(1, 30), least_count=st.integers(1, 3))
 def test_the_most_frequent_ngrams_are_known(texts, most, least_count):
     """A memory that holds other rows than it says learns for texts that nobody has."""
-    counts = {ngram: number for ngram, number in count(texts, 3).items() if number >= least_count}
+    words = [tuple(token for token in text if token >= 0) for text in texts]
+    is_one = [len(own) == len(" ".join(map(str, text)).strip("- 1").split()) for own, text in zip(words, texts, strict=True)]
+    counts = {ngram: number for ngram, number in count(texts, 3).items()}
+    wholes = {own for own, one in zip(words, is_one, strict=True) if one and own in counts}
+    eligible = {ngram: number for ngram, number in counts.items() if number >= least_count or ngram in wholes}
     names, found_counts = frequent_ngrams(*flat(texts), [-1], most, 3, least_count)
-    spelled = spell_ngrams(names)
-    assert found_counts.tolist() == [counts[ngram] for ngram in spelled]
-    assert len(set(spelled)) == len(spelled) == min(most, len(counts))
-    chosen = sorted((counts[ngram] for ngram in spelled), reverse=True)
-    assert chosen == sorted(counts.values(), reverse=True)[:most]
+    known = dict(zip(spell_ngrams(names), found_counts.tolist(), strict=True))
+    counted = {ngram: number for ngram, number in known.items() if number}
+    assert counted == {ngram: eligible[ngram] for ngram in counted}
+    assert len(known) == len(names) and len(counted) == min(most, len(eligible))
+    best_wholes = sorted((eligible[ngram] for ngram in wholes), reverse=True)[: most // 2]
+    others = sorted(eligible.values(), reverse=True)
+    for number in best_wholes:
+        others.remove(number)
+    assert sorted(counted.values()) == sorted([*best_wholes, *others[: most - len(best_wholes)]])
+    for ngram in known.keys() - counted.keys():
+        assert any(longer[: len(ngram)] == ngram for longer in counted)
     assert names.tolist() == sorted(names.tolist())
+
+
+def test_a_dictionary_gets_a_row_for_each_word():
+    """Each of its words stands there once, and would never be frequent."""
+    sentences, words = [[7, 8, 9, 7, 8, 9, 7, 8, 9]] * 3, [[-1, 20 + word, 21 + word, -1] for word in range(0, 10, 2)]
+    names, counts = frequent_ngrams(*flat([*sentences, *words]), [-1], 10, 3, 3)
+    known = dict(zip(spell_ngrams(names), counts.tolist(), strict=True))
+    assert [known[tuple(word[1:3])] for word in words] == [1] * 5
+    assert known[(20,)] == 0, "a beginning has a name, for the word's sake, and learns nothing"
+    assert sum(number > 1 for number in known.values()) == 5, "half of the places are for what is frequent"
 
 
 @given(texts=TEXTS, most=st.integers(1, 30))
