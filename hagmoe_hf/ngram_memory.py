@@ -54,11 +54,11 @@ def count_ngrams(
     names, counts = frequent_ngrams(*own, tokenizer.all_special_ids, most, order, LEAST_COUNT, others)
     if not len(names):
         raise ValueError(
-            f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times; allowed: the texts that "
-            "will be trained on, or None for no memory."
+            f"ngram_texts holds {len(texts)} texts, in which no token occurs {LEAST_COUNT} times, and none that is an "
+            f"n-gram itself (at most {order} tokens); allowed: the texts that will be trained on, or None for no memory."
             if preserved is None
-            else f"ngram_texts holds {len(texts)} texts without an n-gram that occurs {LEAST_COUNT} times and never in "
-            f"the {len(preserved)} preserved_texts; allowed: texts of another kind than those, or None for no memory."
+            else f"ngram_texts holds {len(texts)} texts without an n-gram that occurs {LEAST_COUNT} times, or as a whole "
+            f"text, and never in the {len(preserved)} preserved_texts; allowed: other texts, or None for no memory."
         )
     return names, counts
 

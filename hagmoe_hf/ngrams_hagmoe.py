@@ -78,7 +78,8 @@ def frequent_ngrams(
 
     Returns:
         Names (N,) int64, rising, and counts (N,) int64. The most frequent come first, and of equally frequent ones the
-        shorter; but rarer whole texts have up to half of the places. A count of 0 marks the beginning of an n-gram that is counted, named for its sake alone; without `preserved` there is none.
+        shorter; but rarer whole texts have up to half of the places. A count of 0 marks the beginning of an n-gram that is
+        counted, named for its sake alone.
     """
     other_ids, other_lengths = preserved or (ids[:0], lengths[:0])
     is_own_T = torch.arange(len(ids) + len(other_ids)) < len(ids)
@@ -126,7 +127,7 @@ def frequent_ngrams(
 
 
 def _whole_texts(is_part_T: Tensor, lengths: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """Of texts that are one n-gram: (T,) which of its tokens each token is, from 1 on, 0 elsewhere; (T,) bool its last one."""
+    """Of texts that are one n-gram: (T,) which of its tokens each token is, from 1 on, 0 elsewhere; (T,) its last."""
     text_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     parts = torch.bincount(text_T[is_part_T], minlength=len(lengths))
     before = parts.cumsum(0) - parts

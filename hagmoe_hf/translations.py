@@ -71,8 +71,8 @@ def fit_translations(
         penalty: What keeps rows of rare n-grams small, over 0: an n-gram that stands once in each of P translations of n
             words gets half of what these pairs alone would give it where P / n^2 is `penalty`.
         strength: How much of the way to the fitted rows, over 0 to 1. Half of it leaves a word of its own meaning where
-            the texts to come are not like the pairs. An n-gram that is a whole translation, as a dictionary's words are, goes
-            all of it.
+            the texts to come are not like the pairs. An n-gram that is a whole translation, as a dictionary's words are,
+            goes all of it.
         tokenizer: Of a HAG-MoE; other models have their own.
 
     Returns:
@@ -155,7 +155,7 @@ def fit_rows(
 def _read(
     encoder: HagMoeModel, ids_T: Tensor, length_P: Tensor, special_ids: Sequence[int], task: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Texts -> (P, D) means of words' embeddings, (P,) how many words; for each n-gram in them (M,) its text, row and tokens."""
+    """Texts -> (P, D) means of words' embeddings, (P,) how many words; (M,) each n-gram's text, its row, and its tokens."""
     memory, device = encoder.ngram_memory, encoder.device
     assert memory is not None
     special = torch.tensor(list(special_ids), dtype=torch.int64)

@@ -128,6 +128,7 @@ def _hash(text: str) -> float:
 
 
 def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of dictionaries, such as /usr/share/dictd")
     parser.add_argument("output", type=Path, help="a Parquet file to write")

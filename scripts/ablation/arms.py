@@ -287,7 +287,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         replace(
             TRANSLATIONS,
             name="hag-words",
-            about="English experts learn slowly, those of other languages fast; twice the memory, so that it holds dictionaries",
+            about="English experts learn slowly, those of other languages fast; a memory that holds dictionaries",
             expert_rate=2.0,
             frozen_gates=1.0,
             all_learn=True,
