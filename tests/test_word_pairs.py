@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from ablation.inputs import without_known
+from evaluation_helpers import write_rows
 from word_pairs import DIGITS, entries, word_pairs
 
 from hagmoe_hf.evaluation.kit import KitSet
@@ -33,9 +34,14 @@ def write_dictionary(folder: Path, name: str, *articles: str) -> Path:
     return index
 
 
-JOYA = 'joya /xˈoʝa/ <n, fem>\n1. jewel, (precious) gem\n      "Una joya."\n2. treasure\n   Synonyms: {alhaja}\n see: {oro}'
+JOYA = """joya /xoja/ <n, fem>
+1. jewel, (precious) gem
+      "Una joya."
+2. treasure
+   Synonyms: {alhaja}
+ see: {oro}"""
 PLAYER = "CD player\nCD přehrávač"
-LONG = "aboard /əbˈɔːd/\na bordo de un barco o de un tren"
+LONG = "aboard /@bO:d/\na bordo de un barco o de un tren"
 
 
 def test_a_meaning_is_what_is_neither_pronunciation_nor_grammar_nor_example(tmp_path):
@@ -47,7 +53,7 @@ def test_a_meaning_is_what_is_neither_pronunciation_nor_grammar_nor_example(tmp_
 def test_pairs_have_english_first_whichever_way_the_dictionary_goes(tmp_path):
     """A loss of translations takes the first text as the one that the model knows."""
     write_dictionary(tmp_path, "spa-eng", JOYA)
-    write_dictionary(tmp_path, "eng-deu", "jewel /dʒˈuːəl/\nJuwel, Kleinod", "to run\nlaufen", "hotel\nHotel")
+    write_dictionary(tmp_path, "eng-deu", "jewel /dju:@l/\nJuwel, Kleinod", "to run\nlaufen", "hotel\nHotel")
     write_dictionary(tmp_path, "fra-nld", "eau\nwater")
     pairs = word_pairs(tmp_path, 10)
     assert list(pairs.columns) == ["domain", "lang", "anchor", "positive", "source", "license", "split"]
@@ -67,7 +73,9 @@ def test_a_folder_without_dictionaries_is_refused(tmp_path):
 def test_pairs_that_an_evaluation_set_compares_are_left_out(tmp_path):
     """Whoever learns them as translations has learned the answers."""
     path = tmp_path / "test.jsonl"
-    path.write_text('{"sentence1": "gem", "sentence2": "joya", "score": 3.9}\n', encoding="utf-8")
+    write_rows(
+        path, [{"sentence1": en, "sentence2": es, "score": score} for en, es, score in (("gem", "joya", 4), ("a", "b", 1))]
+    )
     kit_set = KitSet("sts", "words", {"test": path}, "words", ("en", "es"), "none", "")
     words = pd.DataFrame([("Joya", "gem"), ("jewel", "joya")], columns=["anchor", "positive"])
     assert without_known(words, [kit_set]).to_numpy().tolist() == [["jewel", "joya"]]
