@@ -62,6 +62,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
             r"matryoshka_dims=\[8\] is not possible; allowed: none with domain_losses",
         ),
         (["--preserve", "--preserve_experts"], "preserve_experts=True is not possible; allowed: False with preserve=True"),
+        (["--preserved_rate", "0.5"], "preserved_rate=0.5 is not possible; allowed: 0 without preserve_experts=True"),
+        (
+            ["--preserve_experts", "--preserved_rate", "2"],
+            "preserved_rate=2.0 is not possible; allowed: a number from 0 to 1",
+        ),
         (["--preserve_experts", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
         (["--preserve", "--lora_rank", "2"], "lora_rank=2 is not possible; allowed: 0 for"),
         (["--preserve", "--curriculum", "c.yaml"], "curriculum='c.yaml' is not possible; allowed: None for"),

@@ -409,6 +409,27 @@ def test_translations_are_learned_while_texts_keep_what_they_have(option, tmp_pa
     assert encoder.ngram_memory.rows.any()
 
 
+def test_preserved_experts_can_learn_slowly(tmp_path, tiny_parent, corpus):
+    """A step that is a quarter as long moves them a quarter as far, and the others as far as ever."""
+    rows = [{"anchor": text, "positive": text[::-1]} for text in corpus[:80]]
+    file = tmp_path / "translations.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    options = {"loss": "translation", "teacher": str(tiny_parent), "n_group": 2, "num_experts": 2, "max_steps": 1}
+    moved = {}
+    start = sentence.encoder_of(SentenceTransformer(str(tiny_parent), device="cpu")).encoder.layer
+    for rate in (0.25, 1.0):
+        out = tmp_path / f"{rate}"
+        train([*words(out, tiny_parent, file, **options, preserved_rate=rate), "--preserve_experts"])
+        encoder = sentence.encoder_of(SentenceTransformer(str(out / "model"), device="cpu"))
+        assert not encoder.config.preserve_first_group
+        (layer,) = encoder.config.sparse_layers
+        experts = encoder.layers[layer].mlp.experts.up_proj.detach()
+        moved[rate] = experts - start[layer].intermediate.dense.weight[-experts.shape[1] :]
+    assert moved[1.0][0].any()
+    torch.testing.assert_close(moved[0.25][0], moved[1.0][0] / 4, atol=1e-7, rtol=1e-3)
+    torch.testing.assert_close(moved[0.25][1], moved[1.0][1])
+
+
 def test_a_memory_starts_from_translations(tmp_path, tiny_parent, corpus):
     """Before the first step: with a rate of next to nothing, the rows are those of the fit."""
     pairs = [(text, text[::-1]) for text in corpus[:80]]

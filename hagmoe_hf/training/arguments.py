@@ -114,6 +114,12 @@ class TrainOptions:
             "the others learn more."
         ),
     )
+    preserved_rate: float = field(
+        default=0.0,
+        metadata=_help(
+            "With preserve_experts: factor on the learning rate of these experts; over 0 they learn slowly."
+        ),
+    )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
     bias_update_rate: float | None = field(
@@ -187,6 +193,9 @@ class TrainOptions:
             _require(size > 0, "ngram_memory_size", size, "an integer of at least 1 with fit_translations=True")
         if self.preserve and self.preserve_experts:
             _require(False, "preserve_experts", True, "False with preserve=True, which keeps more")
+        rate = self.preserved_rate
+        _require(0 <= rate <= 1, "preserved_rate", rate, "a number from 0 to 1")
+        _require(self.preserve_experts or not rate, "preserved_rate", rate, "0 without preserve_experts=True")
         if self.preserves:
             refuse_to_move_preserved(self)
         if "translation" in self.losses and self.columns:

@@ -29,6 +29,7 @@ from .mlm import train_masked_lm
 from .output import MODEL_FOLDER, CardCallback, save_whole, say, where_to_begin, write_report
 from .parameters import freeze
 from .sampling import DomainBatchSampler
+from .slow_experts import SlowExpertsCallback
 
 BASE_FOLDER = "base"  # what adapters are for, where the model was upcycled in this run
 
@@ -78,8 +79,12 @@ def callbacks(options: TrainOptions) -> list[TrainerCallback]:
 
         names = ("bias_update_rate", "aux_loss_coef", "z_loss_coef")
         given = {name: value for name in names if (value := getattr(options, name)) is not None}
+        if options.preserves:  # a moving bias would send preserved texts to others' experts
+            given["bias_update_rate"] = 0.0
         router_callback = RouterCallback(**given)
         wanted.append(router_callback)
+    if options.preserved_rate:
+        wanted.append(SlowExpertsCallback(options.preserved_rate))
     if options.curriculum:  # first, so that a phase is in force when its first step begins for the others
         wanted.insert(0, CurriculumCallback(read_curriculum(options.curriculum), router_callback))
     return wanted
@@ -289,6 +294,8 @@ def _load_model(
     if sentence.encoder_of(model).config.preserve_first_group:
         refuse_to_move_preserved(options, arguments.weight_decay)
         freeze_preserved(model, experts_only=options.preserve_experts)
+        if options.preserved_rate:
+            sentence.encoder_of(model).config.preserve_first_group = False  # nothing holds them any more
     elif options.preserves:
         name = "preserve" if options.preserve else "preserve_experts"
         raise ValueError(
