@@ -111,6 +111,53 @@ def test_experts_may_stay_where_all_else_learns(prepared, pairs, dev, tmp_path):
         assert not torch.equal(before[name][1], after[name][1])
 
 
+def test_experts_may_learn_slowly(prepared, pairs, dev, tmp_path):
+    """One step, at a quarter of the rate: a quarter of the way, for one group only."""
+    moved = {}
+    for part in (0.25, 1.0):
+        arm = dataclasses.replace(ARMS["hag-words"], memory=40, fitted=False, preserved_rate=part)
+        budget = {"left_out_languages": ("en",), "translated": ("software",), "steps": 1, "evaluations": 1}
+        model = trained(arm, prepared, pairs, dev, tmp_path / f"{part}", **budget)[1]
+        before = model_of(arm, prepared).state_dict()
+        moved[part] = {name: weight - before[name] for name, weight in model.state_dict().items() if ".experts." in name}
+    assert all(step[0].any() for step in moved[1.0].values())
+    for name, step in moved[1.0].items():
+        torch.testing.assert_close(moved[0.25][name][0], step[0] / 4, atol=1e-6, rtol=1e-2)
+        torch.testing.assert_close(moved[0.25][name][1], step[1])
+
+
+def test_the_dense_parents_word_embeddings_may_learn(prepared, pairs, dev, tmp_path):
+    arm = ARMS["dense-embeddings"]
+    before = model_of(arm, prepared).state_dict()
+    after = trained(arm, prepared, pairs, dev, tmp_path)[1].state_dict()
+    tables = {name: not torch.equal(before[name], after[name]) for name in before if "_embeddings.weight" in name}
+    assert {name.split(".")[-2]: moved for name, moved in tables.items()} == {
+        "word_embeddings": True,
+        "position_embeddings": False,
+        "token_type_embeddings": False,
+    }
+
+
+def test_words_are_all_there_and_drawn_as_the_budget_says(prepared, tiny_parent, tmp_path):
+    """A memory starts from all of a dictionary, where training would see nothing else if it drew from all."""
+    kit = prepared / "kit"
+    words = [("word-bitext", "xx", f"word{i}", f"drow{i}", "dev" if i % 9 == 0 else "train") for i in range(90)]
+    columns = ["domain", "lang", "anchor", "positive", "split"]
+    pd.DataFrame(words, columns=columns).to_parquet(tmp_path / "words.parquet")
+    pairs_file = tmp_path / "pairs.parquet"
+    rows = [("code", "en", f"say {i} once", f"once say {i}", "dev" if i % 9 == 0 else "train") for i in range(90)]
+    pd.DataFrame(rows, columns=columns).to_parquet(pairs_file)
+    inputs.prepare(pairs_file, kit, tiny_parent, tmp_path / "inputs", 24, 30, seed=0, words=tmp_path / "words.parquet")
+    found = inputs.load_pairs(tmp_path / "inputs", "train", 24, "cpu")
+    sizes = dict(zip(found.domains, np.diff(found.first_rows).tolist(), strict=True))
+    assert sizes == {"code": 30, "word-bitext": 80}
+    assert len(inputs.training_translations(tmp_path / "inputs")[0][1]) == 80
+    for word_pairs in (0, 20):
+        budget = dataclasses.replace(TINY_BUDGET, steps=50, word_pairs=word_pairs)
+        drawn = np.concatenate(inputs.plan(found, budget, 0, False))
+        assert len(np.unique(drawn[drawn >= found.first_rows[1]])) == word_pairs
+
+
 def test_articles_of_one_title_are_translations():
     """Names are the same in many languages; what gives them away is cut off, and who held out a text holds out its pair."""
     rows = [

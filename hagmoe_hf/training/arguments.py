@@ -116,9 +116,7 @@ class TrainOptions:
     )
     preserved_rate: float = field(
         default=0.0,
-        metadata=_help(
-            "With preserve_experts: factor on the learning rate of these experts; over 0 they learn slowly."
-        ),
+        metadata=_help("With preserve_experts: factor on the learning rate of these experts; over 0 they learn slowly."),
     )
 
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))

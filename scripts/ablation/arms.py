@@ -23,6 +23,7 @@ class Arm:
         shared_rate: Factor on the learning rate of all that is neither expert nor router; 0 keeps it as the parent's.
         expert_rate: Factor on the learning rate of the routed experts.
         router_rate: Factor on the learning rate of the routers.
+        embedding_rate: Factor on the learning rate of the word embeddings, which stay where it is 0; for dense arms.
         shared_gradient: Part of the sum over all experts' gradients in each expert's, from 0 to 1, where they stay equal.
         frozen_gates: Share of the steps in which the routers stay as they are.
         branches: Whether it goes on from the dense parent's run, where its budget follows another: upcycled after that.
@@ -52,6 +53,7 @@ class Arm:
     shared_rate: float = 1.0
     expert_rate: float = 1.0
     router_rate: float = 1.0
+    embedding_rate: float = 0.0
     shared_gradient: float = 0.0
     frozen_gates: float = 0.0
     branches: bool = False
@@ -266,6 +268,12 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     # The same with a memory that starts from translations
     7: (
         DENSE,
+        replace(
+            DENSE,
+            name="dense-embeddings",
+            about="the same, and its word embeddings learn, ten times as fast: do rows for words need a memory?",
+            embedding_rate=10.0,
+        ),
         TRANSLATIONS,
         replace(
             TRANSLATIONS,

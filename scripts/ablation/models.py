@@ -33,7 +33,9 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
     if arm.kind == "wide":
         return _with_encoder(dense, widened(sentence.encoder_of(dense), default_total(dense), seed))
     if arm.kind == "dense" or arm.dense_share:
-        return prepared(dense)
+        prepared(dense)
+        sentence.encoder_of(dense).embeddings.word_embeddings.requires_grad_(arm.embedding_rate > 0)
+        return dense
     has_experts = arm.upcycling.get("sparse_layers") != []
     if arm.preserved and has_experts:
         own, others = texts_by_language(parent.parent, arm.preserved)
@@ -132,17 +134,23 @@ def _with_encoder(dense: SentenceTransformer, encoder: BertModel) -> SentenceTra
 
 
 def parameter_groups(model: nn.Module, arm: Arm) -> list[dict]:
-    """Trained parameters for an optimizer: shared weights, experts, routers, memory, each with the arm's `factor`.
+    """Trained parameters by kind (shared weights, experts, routers, embeddings, memory), with the arm's `factor`.
 
     What has the factor 0 needs no gradient any more.
     """
-    places = {".experts.": "experts", ".router.": "router", ".ngram_memory.": "memory"}
+    places = {".experts.": "experts", ".router.": "router", ".ngram_memory.": "memory", ".word_embeddings.": "embeddings"}
     groups: dict[str, list[Tensor]] = {"shared": [], **{kind: [] for kind in places.values()}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = next((kind for place, kind in places.items() if place in name), "shared")
             groups[kind].append(parameter)
-    factors = {"shared": arm.shared_rate, "experts": arm.expert_rate, "router": arm.router_rate, "memory": 1.0}
+    factors = {
+        "shared": arm.shared_rate,
+        "experts": arm.expert_rate,
+        "router": arm.router_rate,
+        "embeddings": arm.embedding_rate,
+        "memory": 1.0,
+    }
     for kind, params in groups.items():
         for parameter in params if not factors[kind] else ():
             parameter.requires_grad_(False)
