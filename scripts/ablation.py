@@ -36,6 +36,9 @@ def main() -> None:
     what.add_argument(
         "--staying", type=Path, nargs="+", metavar="RESULT", help="how far held-out texts in --language moved in these runs"
     )
+    what.add_argument(
+        "--add-words", type=Path, metavar="PAIRS", help="give --inputs pairs of words, made by scripts/word_pairs.py"
+    )
     what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
     parser.add_argument("--set", default="retrieval/wiki_description_en", help="with --by-length, --by-memory")
     parser.add_argument("--language", default="en", help="with --staying")
@@ -60,11 +63,9 @@ def main() -> None:
     parser.add_argument(
         "--titles", action="store_true", help="with --prepare: add what articles of one title say in two languages"
     )
-    parser.add_argument(
-        "--words", type=Path, default=None, help="with --prepare: pairs of words, made by scripts/word_pairs.py"
-    )
     parser.add_argument("--budget", choices=sorted(BUDGETS), default="screening")
     parser.add_argument("--only", nargs="+", default=None, metavar="ARM", help="with --table: these arms of it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="with --table: these of the budget's")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", action="store_true", help="keep trained weights, about 100 MB a run")
@@ -79,7 +80,11 @@ def main() -> None:
         if args.kit is None:
             parser.error("--prepare needs --kit: pairs that repeat an evaluation text are left out")
         parent = args.parent or parent_folder()
-        prepare(args.prepare, args.kit, parent, args.inputs, args.max_length, args.rows, 0, args.titles, args.words)
+        prepare(args.prepare, args.kit, parent, args.inputs, args.max_length, args.rows, seed=0, titles=args.titles)
+    elif args.add_words:
+        from ablation.inputs import add_words
+
+        add_words(args.add_words, args.inputs)
     elif args.table:
         from ablation.run import run_table
 
@@ -89,7 +94,19 @@ def main() -> None:
             names = ", ".join(arm.name for arm in TABLES[args.table])
             parser.error(f"--only {' '.join(sorted(unknown))} is not in table {args.table}; allowed: {names}")
         arms = tuple(arm for arm in TABLES[args.table] if args.only is None or arm.name in args.only)
-        run_table(arms, budget, args.inputs, args.results, args.work, args.minutes, args.device, command, kit, args.keep)
+        run_table(
+            arms,
+            budget,
+            args.inputs,
+            args.results,
+            args.work,
+            args.minutes,
+            args.device,
+            command,
+            kit,
+            args.keep,
+            args.seeds,
+        )
     elif args.parting:
         from ablation.run import add_parting
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from hagmoe_hf import sentence
+from hagmoe_hf.ngrams_hagmoe import spell_ngrams
 from hagmoe_hf.training.losses import TranslationLoss
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +117,7 @@ def test_experts_may_learn_slowly(prepared, pairs, dev, tmp_path):
     """One step, at a quarter of the rate: a quarter of the way, for one group only."""
     moved = {}
     for part in (0.25, 1.0):
-        arm = dataclasses.replace(ARMS["hag-words"], memory=40, fitted=False, preserved_rate=part)
+        arm = dataclasses.replace(ARMS["hag-words"], memory=40, fitted=False, words=False, preserved_rate=part)
         budget = {"left_out_languages": ("en",), "translated": ("software",), "steps": 1, "evaluations": 1}
         model = trained(arm, prepared, pairs, dev, tmp_path / f"{part}", **budget)[1]
         before = model_of(arm, prepared).state_dict()
@@ -138,24 +140,24 @@ def test_the_dense_parents_word_embeddings_may_learn(prepared, pairs, dev, tmp_p
     }
 
 
-def test_words_are_all_there_and_drawn_as_the_budget_says(prepared, tiny_parent, tmp_path):
-    """A memory starts from all of a dictionary, where training would see nothing else if it drew from all."""
-    kit = prepared / "kit"
-    words = [("word-bitext", "xx", f"word{i}", f"drow{i}", "dev" if i % 9 == 0 else "train") for i in range(90)]
-    columns = ["domain", "lang", "anchor", "positive", "split"]
-    pd.DataFrame(words, columns=columns).to_parquet(tmp_path / "words.parquet")
-    pairs_file = tmp_path / "pairs.parquet"
-    rows = [("code", "en", f"say {i} once", f"once say {i}", "dev" if i % 9 == 0 else "train") for i in range(90)]
-    pd.DataFrame(rows, columns=columns).to_parquet(pairs_file)
-    inputs.prepare(pairs_file, kit, tiny_parent, tmp_path / "inputs", 24, 30, seed=0, words=tmp_path / "words.parquet")
-    found = inputs.load_pairs(tmp_path / "inputs", "train", 24, "cpu")
-    sizes = dict(zip(found.domains, np.diff(found.first_rows).tolist(), strict=True))
-    assert sizes == {"code": 30, "word-bitext": 80}
-    assert len(inputs.training_translations(tmp_path / "inputs")[0][1]) == 80
-    for word_pairs in (0, 20):
-        budget = dataclasses.replace(TINY_BUDGET, steps=50, word_pairs=word_pairs)
-        drawn = np.concatenate(inputs.plan(found, budget, 0, False))
-        assert len(np.unique(drawn[drawn >= found.first_rows[1]])) == word_pairs
+def test_a_memory_may_start_from_words_that_nothing_is_trained_on(prepared, tmp_path):
+    """Other arms have the same inputs with them and without."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(prepared, folder)
+    words = [("word-bitext", "xx", f"{i}", "b" + "c" * (i % 9), "dev" if i % 9 == 0 else "train") for i in range(90)]
+    pd.DataFrame(words, columns=["domain", "lang", "anchor", "positive", "split"]).to_parquet(tmp_path / "words.parquet")
+    with pytest.raises(FileNotFoundError, match=r"words\.npz is missing; allowed: inputs that --add-words gave some"):
+        inputs.training_translations(folder, words=True)
+    inputs.add_words(tmp_path / "words.parquet", folder)
+    assert [len(lengths) for _, lengths in inputs.training_translations(folder, words=True)] == [80, 80]
+    assert [len(lengths) for _, lengths in inputs.training_translations(folder)] == [0, 0]
+    pairs = [inputs.load_pairs(one, "train", 24, "cpu") for one in (folder, prepared)]
+    assert pairs[0].domains == pairs[1].domains
+    rows = [set(spell_ngrams(inputs.training_ngrams(folder, 200, 4, "en", words)[0])) for words in (False, True)]
+    assert rows[0] < rows[1]
+    own, others = (set(texts) for texts in inputs.texts_by_language(folder, "en", words=True))
+    assert {"1", "2"} <= own
+    assert "bc" in others
 
 
 def test_articles_of_one_title_are_translations():

@@ -35,6 +35,7 @@ class Arm:
         memory_order: Tokens of the longest of them.
         memory_scale: How many times as fast as the learning rate the memory learns.
         fitted: Whether the memory starts from translations, by least squares.
+        words: Whether it knows those of dictionaries, and starts from their translations, too; nothing is trained on them.
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
         all_learn: Whether more learns than the memory and the other groups' experts, where a language is preserved.
         still_experts: Whether the experts of that language stay nevertheless.
@@ -65,6 +66,7 @@ class Arm:
     memory_order: int = 4
     memory_scale: float = 100.0
     fitted: bool = False
+    words: bool = False
     preserved: str = ""
     all_learn: bool = False
     still_experts: bool = False
@@ -301,6 +303,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             all_learn=True,
             preserved_rate=0.25,
             memory=131072,
+            words=True,
         ),
         replace(
             TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False

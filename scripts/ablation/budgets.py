@@ -27,7 +27,6 @@ class Budget:
         translated: Domains of translations from English: of both texts of such a pair the target is the parent's vector of
             the English one.
         distillation: Weight of the parent's similarities in every arm's loss, but for translations; an arm may have its own.
-        word_pairs: Pairs of words from dictionaries, where the inputs have them, that are trained on.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Budget:
     left_out_languages: tuple[str, ...] = ()
     translated: tuple[str, ...] = ()
     distillation: float = 0.0
-    word_pairs: int = 0
 
     @property
     def pairs_before(self) -> int:
@@ -59,9 +57,8 @@ class Budget:
 
 
 SOFTWARE = ("software-bitext", "ui-bitext")
-WORDS = "word-bitext"  # what `scripts/word_pairs.py` makes of dictionaries
-# English anchors, positives in other languages; "encyclopedia-bitext" is what `prepare` finds in articles of one title
-TRANSLATED = (*SOFTWARE, "encyclopedia-bitext", WORDS)
+# English anchors, positives in other languages; the last is what `prepare` finds in articles of one title
+TRANSLATED = (*SOFTWARE, "encyclopedia-bitext")
 # Domains that the parent knows well and badly, of many kinds of text
 LEFT_OUT = ("code", "cooking", "encyclopedia", "security", "sysadmin-docs")
 
@@ -113,8 +110,6 @@ BUDGETS = {
             bfloat16=False,
             translated=(*SOFTWARE, "encyclopedia-bitext"),
         ),
-        # The same as the first of these, with words from dictionaries among the translations
-        replace(MOSTLY_TRANSLATIONS, name="words", steps=600, translated=(*SOFTWARE, WORDS), word_pairs=60_000),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

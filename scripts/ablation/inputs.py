@@ -19,15 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ablation.budgets import TRANSLATED, WORDS, Budget
+from ablation.budgets import TRANSLATED, Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
 from hagmoe_hf.evaluation.kit import KitSet, find_sets
-from hagmoe_hf.files import new_folder
+from hagmoe_hf.files import new_file, new_folder, write_text
 from hagmoe_hf.ngram_memory import LEAST_COUNT
 from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
 from hagmoe_hf.upcycling import CALIBRATION_LENGTH
 
 COLUMNS = ("anchor", "positive")
+WORDS, CALIBRATION_WORDS = "words.npz", "words.json"  # beside the manifest, which is the same with and without
 DEV_ROWS, CALIBRATION_ROWS = 200, 600  # per domain, at most
 LONGEST_TITLE = 60  # characters; longer ones are sentences with a comma
 BUCKET = 8  # batches whose rows are sorted by length before they are cut, so that little of a batch is padding
@@ -69,8 +70,6 @@ class Pairs:
     def rows_of(self, domain: int, budget: Budget) -> np.ndarray:
         """Numbers of a domain's pairs that may be trained on."""
         rows = np.arange(*self.first_rows[domain : domain + 2])
-        if self.domains[domain] == WORDS:
-            return rows[: budget.word_pairs]
         if self.domains[domain] in budget.left_out:
             return rows[:0]
         is_translated = self.domains[domain] in budget.translated  # its pairs are in two languages
@@ -101,7 +100,6 @@ def prepare(
     most_rows: int | None,
     seed: int,
     titles: bool = False,
-    words: Path | None = None,
 ) -> None:
     """Make the folder `out`.
 
@@ -114,8 +112,6 @@ def prepare(
         most_rows: Pairs kept of each domain; None for all.
         seed: Of that sample.
         titles: Whether to add what articles of one title say in two languages, as a domain of translations.
-        words: Parquet of `scripts/word_pairs.py`, likewise a domain of translations; None for none. All of them are kept,
-            but for pairs that the kit has, and a memory may start from all; a budget says how many are trained on.
 
     Raises:
         ValueError: A domain is left without pairs to train on, or to hold out.
@@ -125,8 +121,6 @@ def prepare(
         frame = pd.concat([frame, same_titles(frame)], ignore_index=True)
     sets = find_sets(kit)
     known = kit_texts(sets)
-    if words is not None:
-        frame = pd.concat([frame, without_known(pd.read_parquet(words), sets)], ignore_index=True)
     tokenizer = AutoTokenizer.from_pretrained(parent)
     manifest: dict = {
         "pairs": pairs.name,
@@ -138,7 +132,7 @@ def prepare(
     with new_folder(out) as folder:
         for domain, rows in tqdm(sorted(frame.groupby("domain")), desc="Domains"):
             train, dev = (rows[rows.split == split] for split in ("train", "dev"))
-            train, dev = train[: None if domain == WORDS else most_rows], dev[:DEV_ROWS]
+            train, dev = train[:most_rows], dev[:DEV_ROWS]
             clean = [not is_contaminated(a, p, known) for a, p in zip(train.anchor, train.positive, strict=True)]
             dropped, train = len(train) - sum(clean), train[clean]
             if train.empty or dev.empty:
@@ -189,8 +183,24 @@ def same_titles(pairs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(halves).assign(domain="encyclopedia-bitext").sample(frac=1, random_state=0)
 
 
+def add_words(words: Path, folder: Path) -> None:
+    """Put pairs of words into a folder that `prepare` made: no arm is trained on them, but a memory may start from them.
+
+    Args:
+        words: Parquet that `scripts/word_pairs.py` made. Pairs that a set of the kit compares are left out.
+        folder: That `prepare` made.
+    """
+    rows = without_known(pd.read_parquet(words), find_sets(folder / "kit"))
+    max_length = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["max_length"]
+    rows = rows[rows.split == "train"].sample(frac=1, random_state=0)
+    texts = rows[list(COLUMNS)][: CALIBRATION_ROWS // 2].to_numpy().T.tolist()
+    write_text(folder / CALIBRATION_WORDS, json.dumps(texts, ensure_ascii=False))
+    with new_file(folder / WORDS) as partial:
+        _pack(rows, AutoTokenizer.from_pretrained(folder / "parent"), max_length, partial)
+
+
 def without_known(words: pd.DataFrame, sets: Sequence[KitSet]) -> pd.DataFrame:
-    """Pairs of words, in a random order, without those that a set of the kit compares (in either order, or in any case)."""
+    """Pairs of words without those that a set of the kit compares, in either order and in any case."""
     compared = {
         frozenset(str(row[side]).lower() for side in ("sentence1", "sentence2"))
         for kit_set in sets
@@ -199,7 +209,7 @@ def without_known(words: pd.DataFrame, sets: Sequence[KitSet]) -> pd.DataFrame:
         if "sentence1" in row
     }
     pairs = zip(words.anchor.str.lower(), words.positive.str.lower(), strict=True)
-    return words[[frozenset(pair) not in compared for pair in pairs]].sample(frac=1, random_state=0)
+    return words[[frozenset(pair) not in compared for pair in pairs]]
 
 
 def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
@@ -211,7 +221,8 @@ def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
         arrays[f"{column}_lengths"] = np.array([len(text) for text in ids], dtype=np.uint16)
     arrays["languages"] = rows.lang.to_numpy(dtype="U8")
     path.parent.mkdir(exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    with path.open("wb") as file:  # a path without the suffix would get one
+        np.savez_compressed(file, **arrays)
 
 
 def load_pairs(folder: Path, split: str, max_length: int, device: str, most_rows: int | None = None) -> Pairs:
@@ -249,8 +260,6 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
     """Pairs as training draws and sees them: so many of each domain as its weight says, texts cut to length."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
     sizes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["domains"]
-    if WORDS in sizes:
-        sizes[WORDS]["train"] = min(sizes[WORDS]["train"], budget.word_pairs)
     weights = {
         domain: sizes[domain]["train"] ** (1 / budget.temperature) for domain in sizes if domain not in budget.left_out
     }
@@ -267,7 +276,7 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
 
 
 @lru_cache
-def training_ngrams(folder: Path, most: int, order: int, preserved: str = "") -> tuple[Tensor, Tensor]:
+def training_ngrams(folder: Path, most: int, order: int, preserved: str = "", words: bool = False) -> tuple[Tensor, Tensor]:
     """Names and counts of the most frequent n-grams of all training pairs, as `upcycle` counts them.
 
     Args:
@@ -275,6 +284,7 @@ def training_ngrams(folder: Path, most: int, order: int, preserved: str = "") ->
         most: Most n-grams.
         order: Tokens of the longest.
         preserved: Language whose texts are to stay as they are; "" for none.
+        words: Whether those of dictionaries count as well.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
@@ -285,14 +295,23 @@ def training_ngrams(folder: Path, most: int, order: int, preserved: str = "") ->
         is_other_T = torch.repeat_interleave(is_other_N, length_N)
         own.append((texts.ids[~is_other_T].long(), length_N[~is_other_N]))
         others.append((texts.ids[is_other_T].long(), length_N[is_other_N]))
+    if words:
+        english, translations = word_translations(folder)
+        own += [translations] if preserved else [english, translations]
+        others += [english] if preserved else []
     ids_T, length_N = (torch.cat(parts) for parts in zip(*own, strict=True))
     kept_ids_T, kept_length_N = (torch.cat(parts) for parts in zip(*others, strict=True))
     special = tokenizer.all_special_ids
     return frequent_ngrams(ids_T, length_N, special, most, order, LEAST_COUNT, (kept_ids_T, kept_length_N))
 
 
-def training_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """Ids and lengths of the English texts of all training pairs that are translations, and those of the others."""
+def training_translations(folder: Path, words: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Ids and lengths of the English texts of all training pairs that are translations, and those of the others.
+
+    Args:
+        folder: That `prepare` made.
+        words: Whether those of dictionaries are among them.
+    """
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
     is_translated_P = torch.zeros(pairs.first_rows[-1], dtype=torch.bool)
     for domain, name in enumerate(pairs.domains):
@@ -301,7 +320,28 @@ def training_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
     for texts in pairs.columns:
         length_P = torch.from_numpy(texts.lengths)
         found.append((texts.ids[torch.repeat_interleave(is_translated_P, length_P)].long(), length_P[is_translated_P]))
+    if words:
+        both = zip(found, word_translations(folder), strict=True)
+        return [(torch.cat([own[0], more[0]]), torch.cat([own[1], more[1]])) for own, more in both]
     return found
+
+
+def word_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Ids and lengths of the English words of dictionaries, and those of the words of other languages.
+
+    Raises:
+        FileNotFoundError: The folder has none.
+    """
+    if not (folder / WORDS).is_file():
+        raise FileNotFoundError(f"{folder / WORDS} is missing; allowed: inputs that --add-words gave some.")
+    with np.load(folder / WORDS) as file:
+        return [
+            (
+                torch.from_numpy(file[f"{column}_ids"].astype(np.int64)),
+                torch.from_numpy(file[f"{column}_lengths"].astype(np.int64)),
+            )
+            for column in COLUMNS
+        ]
 
 
 def languages_of_columns(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -313,10 +353,14 @@ def languages_of_columns(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     return anchors, pairs.languages
 
 
-def texts_by_language(folder: Path, language: str) -> tuple[list[str], list[str]]:
-    """Texts for calibration: those in a language, and those in others."""
+def texts_by_language(folder: Path, language: str, words: bool = False) -> tuple[list[str], list[str]]:
+    """Texts for calibration: those in a language, and those in others; on request, with words of dictionaries."""
     own: list[str] = []
     others: list[str] = []
+    if words:
+        english, translations = json.loads((folder / CALIBRATION_WORDS).read_text(encoding="utf-8"))
+        (own if language == "en" else others).extend(english)
+        others += translations
     for path in sorted((folder / "calibration").glob("*.json")):
         texts = json.loads(path.read_text(encoding="utf-8"))
         positives = np.load(folder / "train" / f"{path.stem}.npz")["languages"][: len(texts) // 2]

@@ -38,7 +38,7 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         return dense
     has_experts = arm.upcycling.get("sparse_layers") != []
     if arm.preserved and has_experts:
-        own, others = texts_by_language(parent.parent, arm.preserved)
+        own, others = texts_by_language(parent.parent, arm.preserved, arm.words)
         kept = slice(None, None, 3) if calibration_pairs else slice(FEW_TEXTS)
         own, others = own[kept], others[kept]
         model = upcycle(dense, seed=seed, calibration_texts=others, preserved_texts=own, **arm.upcycling)
@@ -47,10 +47,10 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
     if arm.memory:
         encoder = sentence.encoder_of(model)
         encoder.config.ngram_memory_scale = arm.memory_scale
-        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved))
+        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved, arm.words))
         if arm.fitted and calibration_pairs:
             special_ids = dense.tokenizer.all_special_ids
-            print(fit_rows(encoder, *training_translations(parent.parent), special_ids), flush=True)
+            print(fit_rows(encoder, *training_translations(parent.parent, arm.words), special_ids), flush=True)
     if arm.preserved and not arm.all_learn:
         sentence.encoder_of(model).config.preserve_first_group = True  # also where no layer has groups
         freeze_preserved(model)

@@ -47,15 +47,16 @@ def due(arms: tuple[Arm, ...], budget: Budget, done: dict[str, dict]) -> list[tu
     missing = [
         (arm, rate, first) for arm in arms for rate in budget.learning_rates if run_name(arm, rate, first) not in done
     ]
-    if missing:
+    if missing and len(budget.learning_rates) > 1:
         return missing
-    best = {arm.name: best_rate(arm, budget.learning_rates, first, done) for arm in arms}
-    wanted = [(arm, best[arm.name], seed) for seed in others for arm in arms]
-    return [(arm, rate, seed) for arm, rate, seed in wanted if run_name(arm, rate, seed) not in done]
+    wanted = [(arm, best_rate(arm, budget.learning_rates, first, done), seed) for seed in others for arm in arms]
+    return missing + [(arm, rate, seed) for arm, rate, seed in wanted if run_name(arm, rate, seed) not in done]
 
 
 def best_rate(arm: Arm, rates: Sequence[float], seed: int, done: dict[str, dict]) -> float:
     """The learning rate with the best `held_out` at the end of the first seed's runs. The kit has no say."""
+    if len(rates) == 1:
+        return rates[0]
     return max(rates, key=lambda rate: held_out(done[run_name(arm, rate, seed)]) or 0.0)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -48,6 +49,7 @@ def run_table(
     command: str,
     kit: bool,
     keep: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> bool:
     """Do what these arms still need.
 
@@ -62,6 +64,7 @@ def run_table(
         command: What was typed, for the results.
         kit: Whether to score the kit at the end of every run, and of kept ones that were not scored.
         keep: Whether to keep the trained weights, about 100 MB a run, in `work`.
+        seeds: Of the budget, or some of them, where other processes do the others; None for all.
 
     Returns:
         Whether they are complete.
@@ -80,7 +83,11 @@ def run_table(
                 scoring.record(kept_model(result, work, inputs).to(device), sets, vectors)
             if vectors.is_file():
                 scorers.append(score_elsewhere(folder / f"{name}.json", inputs / "kit", vectors))
-    while time.monotonic() < deadline and (todo := due(arms, budget, read_results(folder))):
+
+    def mine() -> list[tuple[Arm, float, int]]:
+        return [run for run in due(arms, budget, read_results(folder)) if seeds is None or run[2] in seeds]
+
+    while time.monotonic() < deadline and (todo := mine()):
         arm, rate, seed = todo[0]
         name = run_name(arm, rate, seed)
         start = None
@@ -106,7 +113,7 @@ def run_table(
     failed = sum(process.wait() != 0 for process in scorers)
     if failed:
         print(f"{failed} runs could not be scored; their vectors are kept, and the next call tries again", flush=True)
-    left = len(due(arms, budget, read_results(folder)))
+    left = len(mine())
     print(f"Budget {budget.name}: {left or 'no'} runs left for now", flush=True)
     return not left
 
