@@ -3,8 +3,8 @@
     python scripts/word_pairs.py /usr/share/dictd words.parquet
 
 Reads FreeDict's dictionaries from and into English in the format of dictd, as Debian's `dict-freedict-*` packages hold them
-(GPL-2.0-or-later, those from Wiktionary CC BY-SA 3.0; each package's `copyright` file says which). Their words are what a
-memory needs to know, and what `fit_translations` sets at once. A model that is trained on them says so on its card.
+(GPL, AGPL or CC BY-SA; the column `license` says what each says of itself). Their words are what a memory needs to know, and
+what `fit_translations` sets at once: `hagmoe train --fit_translations --dictionaries words.parquet`.
 """
 
 import argparse
@@ -28,6 +28,13 @@ CODES = {
     "slk": "sk", "slv": "sl", "spa": "es", "srp": "sr", "swe": "sv", "swh": "sw", "tur": "tr",
 }  # fmt: skip
 DIGITS = {digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
+# Words of a dictionary's notes -> its licence; the first that are there count
+LICENCES = {
+    "Affero": "AGPL-3.0-or-later",
+    "Creative Commons Attribution": "CC-BY-SA-3.0",
+    "General Public License": "GPL-2.0-or-later",
+}
+NOTES = 3000  # bytes
 MOST_WORDS = 3  # of either side; longer ones explain, they do not translate
 MOST_MEANINGS = 3  # of a headword, first ones first
 HELD_OUT = 0.02  # of English words, with all that translates them
@@ -56,7 +63,9 @@ def word_pairs(folder: Path, most: int, wanted: list[str] | None = None) -> pd.D
         raise ValueError(
             f"{folder} holds no freedict-*-eng.index or freedict-eng-*.index; allowed: a folder of dictionaries."
         )
+    licences = {}
     for path in tqdm(paths, desc="Dictionaries"):
+        licences[path.stem] = licence(path)
         for headword, meaning in entries(path):
             english, other = (meaning, headword) if path.stem.endswith("-eng") else (headword, meaning)
             english = english.removeprefix("to ").removeprefix("the ")
@@ -72,8 +81,15 @@ def word_pairs(folder: Path, most: int, wanted: list[str] | None = None) -> pd.D
         if taken[language] < most and (wanted is None or language in wanted):
             taken[language] += 1
             split = "dev" if _hash(english) < HELD_OUT else "train"
-            pairs.append(("word-bitext", language, english, other, source, "see the package's copyright", split))
+            pairs.append(("word-bitext", language, english, other, source, licences[source], split))
     return pd.DataFrame(pairs, columns=["domain", "lang", "anchor", "positive", "source", "license", "split"])
+
+
+def licence(index: Path) -> str:
+    """What a dictionary says about itself before its first entry."""
+    with gzip.open(index.with_suffix(".dict.dz")) as file:
+        notes = " ".join(file.read(NOTES).decode("utf-8", "replace").split())
+    return next((name for words, name in LICENCES.items() if words.lower() in notes.lower()), "see its notes")
 
 
 def entries(index: Path) -> Iterator[tuple[str, str]]:

@@ -62,6 +62,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
             r"matryoshka_dims=\[8\] is not possible; allowed: none with domain_losses",
         ),
         (["--preserve", "--preserve_experts"], "preserve_experts=True is not possible; allowed: False with preserve=True"),
+        (
+            ["--dictionaries", "w.jsonl"],
+            r"dictionaries=\['w.jsonl'\] is not possible; allowed: none without fit_translations",
+        ),
         (["--preserved_rate", "0.5"], "preserved_rate=0.5 is not possible; allowed: 0 without preserve_experts=True"),
         (
             ["--preserve_experts", "--preserved_rate", "2"],
@@ -194,6 +198,6 @@ def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
     model = HagMoeModel(tiny_config())
     for phase in curriculum.phases:
         value_by_pattern(list(encoder_parameters(model)), phase.learning_rates)
-    named = set(re.findall(r"--([a-z_]+)", guide)) - {"num_processes", "num_machines", "multi_gpu", "cpu"}
+    named = set(re.findall(r"--([a-z_]+)", guide)) - {"num_processes", "num_machines", "multi_gpu", "cpu", "most"}
     known = {field.name for kind in (type(options), type(training)) for field in fields(kind)} | {"config", "help"}
     assert named <= known

@@ -445,6 +445,29 @@ def test_a_memory_starts_from_translations(tmp_path, tiny_parent, corpus):
     assert torch.allclose(trained.rows, sentence.encoder_of(fitted).ngram_memory.rows, atol=1e-6)
 
 
+def test_a_memory_starts_from_dictionaries_that_nothing_is_trained_on(tmp_path, tiny_parent, corpus):
+    """Their words have rows from the start, and the card says whose words they are."""
+    pairs = [(text, text[::-1]) for text in corpus[:80]]
+    entries = [("".join(text.split()[:1]), f"{'xy'[i % 2]}{i}") for i, text in enumerate(corpus[:40])]
+    files = {"translations": pairs, "words": entries}
+    for name, given in files.items():
+        rows = [{"anchor": a, "positive": b, "license": f"{name}-1.0"} for a, b in given]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 300, "learning_rate": 1e-12}
+    out = tmp_path / "out"
+    data = tmp_path / "translations.jsonl"
+    train([*words(out, tiny_parent, data, dictionaries=tmp_path / "words.jsonl", **options), "--fit_translations"])
+    trained = sentence.encoder_of(SentenceTransformer(str(out / "model"), device="cpu")).ngram_memory
+    fitted = upcycle(str(tiny_parent), ngram_texts=[*pairs, *entries], ngram_memory_size=300)
+    fit_translations(fitted, [*pairs, *entries])
+    expected = sentence.encoder_of(fitted).ngram_memory
+    assert torch.equal(trained.names, expected.names)
+    assert torch.allclose(trained.rows, expected.rows, atol=1e-6)
+    stated = json.loads((out / "data_report.json").read_text())["stated"]["license"]
+    assert stated == {"translations-1.0": 80, "words-1.0 (dictionaries)": 40}
+    assert "words-1.0 (dictionaries): 40" in (out / "model/README.md").read_text(encoding="utf-8")
+
+
 def test_translations_are_learned_beside_pairs_in_one_language(tmp_path, tiny_parent, corpus):
     """Each by its own loss: texts and their translations to the teacher's vector, pairs told apart and kept."""
     pairs = [{"anchor": text, "positive": text[::-1], "domain": "bitext"} for text in corpus[:60]]

@@ -23,7 +23,7 @@ def number(value: int) -> str:
 def write_dictionary(folder: Path, name: str, *articles: str) -> Path:
     """A dictionary as dictd reads it; its first article is about itself."""
     places, data = [], b""
-    for article in ("00databaseinfo\n  GPL-2.0-or-later\n", *articles):
+    for article in ("00databaseinfo\n  the GNU General\n  Public License\n", *articles):
         encoded = (article + "\n").encode()
         places.append(f"{article.split()[0]}\t{number(len(data))}\t{number(len(encoded))}")
         data += encoded
@@ -60,6 +60,7 @@ def test_pairs_have_english_first_whichever_way_the_dictionary_goes(tmp_path):
     rows = set(zip(pairs.lang, pairs.anchor, pairs.positive, strict=True))
     spanish = {("es", word, "joya") for word in ("jewel", "gem", "treasure")}
     assert rows == spanish | {("de", "jewel", "Juwel"), ("de", "jewel", "Kleinod"), ("de", "run", "laufen")}
+    assert set(pairs.license) == {"GPL-2.0-or-later"}
     assert set(word_pairs(tmp_path, 1, ["es"]).anchor) == {"jewel"}, "words that most dictionaries have come first"
     assert len(set(pairs[pairs.anchor == "jewel"].split)) == 1, "a word is held out in all languages or in none"
 

@@ -99,6 +99,13 @@ class TrainOptions:
         default=False,
         metadata=_help("Upcycling, loss 'translation': start the memory from the translations, by least squares."),
     )
+    dictionaries: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "Upcycling, with fit_translations: files like train_data of words (column anchor) and their translations "
+            "(positive). The memory knows them and starts from them; nothing is trained on them."
+        ),
+    )
 
     preserve: bool = field(
         default=False,
@@ -189,6 +196,8 @@ class TrainOptions:
             )
             size = self.ngram_memory_size
             _require(size > 0, "ngram_memory_size", size, "an integer of at least 1 with fit_translations=True")
+        given = self.dictionaries
+        _require(self.fit_translations or not given, "dictionaries", given, "none without fit_translations=True")
         if self.preserve and self.preserve_experts:
             _require(False, "preserve_experts", True, "False with preserve=True, which keeps more")
         rate = self.preserved_rate

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ class DataReport:
     skipped: dict[str, int]
     domains: dict[str, int]
     stated: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def with_dictionaries(self, words: "DataReport") -> "DataReport":
+        """The same, and what the rows of dictionaries state, which are not trained on."""
+        stated = {column: dict(self.stated.get(column, {})) for column in STATED if {column} & {*self.stated, *words.stated}}
+        for column, counts in words.stated.items():
+            stated[column] |= {f"{value} (dictionaries)": count for value, count in counts.items()}
+        return replace(self, stated=stated)
 
     def __str__(self) -> str:
         lines = [f"Read {self.read} rows, kept {self.kept}."]

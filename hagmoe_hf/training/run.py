@@ -22,7 +22,7 @@ from ..translations import fit_translations
 from ..upcycling import freeze_preserved, upcycle
 from .arguments import TrainOptions, parse, refuse_to_move_preserved
 from .curriculum import CurriculumCallback, read_curriculum
-from .data import LABEL, DataReport, load_rows, refuse_too_small, text_length
+from .data import LABEL, WITHOUT_DOMAINS, DataReport, load_rows, refuse_too_small, text_length
 from .lora import add_lora, merge_lora
 from .losses import LOSSES, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
@@ -31,6 +31,7 @@ from .parameters import freeze
 from .sampling import DomainBatchSampler
 from .slow_experts import SlowExpertsCallback
 
+DICTIONARY_COLUMNS = ("anchor", "positive")
 BASE_FOLDER = "base"  # what adapters are for, where the model was upcycled in this run
 
 
@@ -154,7 +155,12 @@ def _train_embeddings(
             "batches of one domain."
         )
     train_data, report = _load_data(options, arguments, options.train_data, max_rows=options.max_rows)
-    model = _load_model(options, arguments, train_data, final.parent)
+    words: list[list[str]] = []
+    if options.dictionaries:
+        entries, about_words = load_rows(options.dictionaries, DICTIONARY_COLUMNS)
+        words = _texts_of(entries[WITHOUT_DOMAINS])
+        report = report.with_dictionaries(about_words)
+    model = _load_model(options, arguments, train_data, words, final.parent)
     wanted = callbacks(options)
     curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
 
@@ -258,9 +264,13 @@ def _texts_of(data: Dataset) -> list[list[str]]:
 
 
 def _load_model(
-    options: TrainOptions, arguments: SentenceTransformerTrainingArguments, train_data: DatasetDict, output: Path
+    options: TrainOptions,
+    arguments: SentenceTransformerTrainingArguments,
+    train_data: DatasetDict,
+    words: list[list[str]],
+    output: Path,
 ) -> SentenceTransformer:
-    """The mixture to train, frozen and adapted as wanted."""
+    """The mixture to train, frozen and adapted as wanted; `words` are those of dictionaries, each with a translation."""
     assert options.model is not None
     model = sentence.load(options.model, device=str(arguments.device))
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
@@ -275,8 +285,10 @@ def _load_model(
         if options.preserves or options.ngram_memory_size:
             rows = {domain: _texts_of(data) for domain, data in train_data.items()}
             learned = [text for domain in rows for row in rows[domain] for text in row[domain in preserving :]]
+            learned += [text for entry in words for text in entry[options.preserves :]]
             if options.preserves:
                 more["preserved_texts"] = [row[0] for domain in preserving for row in rows[domain]]
+                more["preserved_texts"] += [entry[0] for entry in words]
                 texts = texts or learned
             if options.ngram_memory_size:
                 more["ngram_texts"] = learned
@@ -284,7 +296,8 @@ def _load_model(
         model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **more, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.fit_translations:
-            say(arguments, str(fit_translations(model, [row for domain in translated for row in rows[domain]])))
+            pairs = [row for domain in translated for row in rows[domain]]
+            say(arguments, str(fit_translations(model, pairs + words)))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
     elif options.fit_translations:
