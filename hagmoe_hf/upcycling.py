@@ -149,10 +149,11 @@ def upcycle(
             single texts are as much about their form, short or long. Where None, the gates start at random, and most
             texts open the same group. The outputs are the parent's either way.
         ngram_texts: Texts that the mixture will be trained on, best all of them, single or in tuples. Their most frequent
-            n-grams get a memory, a row each, which learns fast: for texts like these, at some cost for others. Where None,
-            there is no memory.
-        ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product. With
-            `preserved_texts` the beginnings of some of them take such a row as well, which stays 0.
+            n-grams get a memory, a row each, which learns fast: for texts like these, at some cost for others. Up to half
+            of it are texts that are one n-gram each, such as a dictionary's words, however rare. Where None, there is no
+            memory.
+        ngram_memory_size: Most n-grams in that memory; each takes `hidden_size` numbers, and no matrix product. The
+            beginnings of some of them may take such a row as well, which stays 0.
         preserved_texts: Texts whose vectors are to stay the parent's while the mixture learns others, such as those in its
             language while it learns more languages; some thousands. The first group becomes theirs: its gate starts from
             them, and no gradient reaches its experts. N-grams that occur in them get no row in the memory. Everything else
