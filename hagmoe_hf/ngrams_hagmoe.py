@@ -106,12 +106,7 @@ def frequent_ngrams(
         wholes.append(is_whole[kept])
     sizes = [len(names) for names in candidates]
     all_counts = torch.cat(counts)
-    is_counted = torch.zeros(sum(sizes), dtype=torch.bool)
-    is_counted[(all_counts * torch.cat(wholes)).sort(descending=True, stable=True).indices[: most // 2]] = True
-    is_counted &= torch.cat(wholes)
-    left = most - int(is_counted.sum())
-    is_counted[(all_counts * ~is_counted).sort(descending=True, stable=True).indices[:left]] = True
-    is_counted &= all_counts > 0
+    is_counted = _with_a_row(all_counts, torch.cat(wholes), most)
     is_chosen = [mine.clone() for mine in is_counted.split(sizes)]
     for shorter, longer, names in reversed(list(zip(is_chosen, is_chosen[1:], candidates[1:], strict=False))):
         shorter[names[longer] // BASE] = True
@@ -124,6 +119,18 @@ def frequent_ngrams(
         row_before = torch.where(is_mine, is_mine.cumsum(0) - 1 + first_row, 0)
         first_row += len(mine)
     return torch.cat(chosen), (all_counts * is_counted)[torch.cat(is_chosen)]
+
+
+def _with_a_row(counts: Tensor, is_whole: Tensor, most: int) -> Tensor:
+    """(candidates,) bool: up to half of the places for whole texts, then for what is most frequent."""
+
+    def best(of: Tensor, places: int) -> Tensor:
+        found = torch.zeros_like(is_whole)
+        found[of.sort(descending=True, stable=True).indices[:places]] = True
+        return found & (of > 0)
+
+    chosen = best(counts * is_whole, most // 2)
+    return chosen | best(counts * ~chosen, most - int(chosen.sum()))
 
 
 def _whole_texts(is_part_T: Tensor, lengths: Tensor, order: int) -> tuple[Tensor, Tensor]:
