@@ -306,6 +306,15 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             words=True,
         ),
         replace(
+            TRANSLATIONS,
+            name="memory-words",
+            about="the parent with that memory and without experts; all weights learn: does the mixture matter?",
+            upcycling={"sparse_layers": []},
+            all_learn=True,
+            memory=131072,
+            words=True,
+        ),
+        replace(
             TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False
         ),
         replace(
