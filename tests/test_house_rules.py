@@ -33,6 +33,7 @@ RANKS = {
     "calibration": 2,
     "ngram_memory": 2,
     "translations": 3,
+    "packing": 4,
     "upcycling": 3,
     "evaluation": 4,
     "export": 4,

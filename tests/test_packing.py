@@ -1,0 +1,70 @@
+"""A mixture packed as what differs from its parent, and put together again."""
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from hagmoe_hf import fit_translations, sentence, upcycle
+from hagmoe_hf.packing import DIFFERENCE, pack, unpack
+
+
+@pytest.fixture
+def trained(tiny_parent, corpus) -> SentenceTransformer:
+    """A mixture of everything that can be packed, whose trained weights moved, and whose embeddings did not."""
+    pairs = [(text, text[::-1]) for text in corpus[:80]]
+    model = upcycle(str(tiny_parent), ngram_texts=pairs, calibration_texts=corpus[:60], n_group=2, num_experts=4)
+    fit_translations(model, pairs)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sentence.encoder_of(model).named_parameters():
+        if not name.startswith(("embeddings", "ngram_memory")):
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.max_seq_length = 24
+    return model
+
+
+def test_a_packed_mixture_gives_nearly_the_same_vectors(trained, tiny_parent, corpus, tmp_path):
+    """What is lost is rounding; what is gained is size."""
+    folder = pack(trained, str(tiny_parent), tmp_path / "packed")
+    again = unpack(folder, str(tiny_parent))
+    assert again.max_seq_length == 24
+    vectors, expected = (torch.from_numpy(model.encode(corpus[:80])) for model in (again, trained))
+    assert torch.nn.functional.cosine_similarity(vectors, expected).min() > 0.99
+    assert not torch.equal(vectors, expected)
+    before, after = (sentence.encoder_of(model).state_dict() for model in (trained, again))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name.startswith("embeddings") or "router" in name or not tensor.is_floating_point():
+            assert torch.equal(tensor, after[name]), name
+        elif name != "ngram_memory.rows":
+            torch.testing.assert_close(tensor, after[name], atol=0.02 * 5 / 127, rtol=0)
+    rows, packed = before["ngram_memory.rows"], after["ngram_memory.rows"]
+    assert (rows - packed).norm() < 0.15 * rows.norm()
+    whole = tmp_path / "whole"
+    trained.save_pretrained(str(whole))
+    assert (folder / DIFFERENCE).stat().st_size < 0.5 * (whole / "model.safetensors").stat().st_size
+
+
+def test_what_did_not_learn_takes_no_place(tiny_parent, tmp_path):
+    model = upcycle(str(tiny_parent))
+    folder = pack(model, str(tiny_parent), tmp_path / "packed")
+    assert (folder / DIFFERENCE).stat().st_size < 1000
+    again = unpack(folder, str(tiny_parent))
+    for name, tensor in sentence.encoder_of(model).state_dict().items():
+        assert torch.equal(tensor, sentence.encoder_of(again).state_dict()[name])
+
+
+def test_another_parent_is_refused(trained, tiny_parent, tmp_path):
+    """Differences from one model, added to another, would be a third that nobody trained."""
+    pack(trained, str(tiny_parent), tmp_path / "packed")
+    other = SentenceTransformer(str(tiny_parent), device="cpu")
+    with torch.no_grad():
+        sentence.encoder_of(other).embeddings.word_embeddings.weight[5] += 1
+    with pytest.raises(ValueError, match=r"parent has the fingerprint .*; allowed: the model .*, as it was packed"):
+        unpack(tmp_path / "packed", other)
+
+
+def test_a_dense_model_is_refused(tiny_parent, tmp_path):
+    with pytest.raises(ValueError, match="model holds a BertModel; allowed: a SentenceTransformer around a HAG-MoE"):
+        pack(SentenceTransformer(str(tiny_parent), device="cpu"), str(tiny_parent), tmp_path / "packed")
+    with pytest.raises(OSError, match=r"config\.json"):
+        unpack(tmp_path, str(tiny_parent))
