@@ -48,6 +48,9 @@ cards: $(READY) ## Rebuild model_cards/ from the committed results
 	$(BIN)/hagmoe card docs/results/first-run-config.json model_cards/all-MiniLM-L6-v2-hagmoe-first-run/README.md \
 		--base-model sentence-transformers/all-MiniLM-L6-v2 --license apache-2.0 --training docs/results/first-run.yaml \
 		--data docs/results/first-run-data.json --evaluation docs/results/first-run-kit.json --benchmark docs/results/benchmark.json
+	$(BIN)/hagmoe card model_cards/all-MiniLM-L6-v2-hagmoe-languages/config.json model_cards/all-MiniLM-L6-v2-hagmoe-languages/README.md \
+		--base-model sentence-transformers/all-MiniLM-L6-v2 --license other --notes docs/results/languages-notes.md \
+		--evaluation docs/results/languages-kit.json
 
 test: $(READY) ## Run the tests (under 15 minutes on 2 cores)
 	$(PYTEST) -m "not slow"

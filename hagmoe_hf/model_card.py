@@ -147,6 +147,7 @@ def measured_card(
     base_model: str | None = None,
     license: str | None = None,
     training: Mapping[str, Any] | None = None,
+    notes: str | None = None,
     data: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     benchmark: Mapping[str, Any] | None = None,
@@ -160,6 +161,7 @@ def measured_card(
         base_model: The parent's Hub id.
         license: Of the weights, as the Hub abbreviates it, such as "apache-2.0".
         training: Options of `hagmoe train`, as in its YAML file.
+        notes: Markdown about the training, for what none of the other files says.
         data: A run's `data_report.json`.
         evaluation: The report.json of `hagmoe evaluate`, the model first; what it is bad at is said beside the others in it.
         benchmark: The benchmark.json of `hagmoe benchmark`, of a mixture of this shape.
@@ -196,6 +198,7 @@ def measured_card(
         base_model=base_model,
         license=license,
         training=training,
+        notes=notes.strip() if notes else None,
         data=data,
         evaluation=evaluation,
         comparisons=[_compared(evaluation, other) for other in evaluation["models"][1:]] if evaluation else [],

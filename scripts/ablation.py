@@ -39,6 +39,7 @@ def main() -> None:
     what.add_argument(
         "--add-words", type=Path, metavar="PAIRS", help="give --inputs pairs of words, made by scripts/word_pairs.py"
     )
+    what.add_argument("--pack", type=Path, metavar="RESULT", help="write this run's kept model --into a new folder")
     what.add_argument("--score", type=Path, metavar="VECTORS", help="score recorded vectors (done by --table)")
     parser.add_argument("--set", default="retrieval/wiki_description_en", help="with --by-length, --by-memory")
     parser.add_argument("--language", default="en", help="with --staying")
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/ablation"))
     parser.add_argument("--work", type=Path, default=Path("build/ablation/work"), help="checkpoints")
     parser.add_argument("--kit", type=Path, default=None, help="evaluation sets")
-    parser.add_argument("--into", type=Path, default=None, help="with --score: the result file")
+    parser.add_argument("--into", type=Path, default=None, help="with --score: the result file; with --pack: a folder")
     parser.add_argument(
         "--parent", type=Path, default=None, help="dense SentenceTransformer; the packaged MiniLM by default"
     )
@@ -132,6 +133,12 @@ def main() -> None:
 
         for result in args.staying:
             add_staying(result, args.language, args.work, args.inputs, command)
+    elif args.pack:
+        from ablation.run import pack_run
+
+        if args.into is None:
+            parser.error("--pack needs --into: a new folder")
+        pack_run(args.pack, args.into, args.work, args.inputs)
     elif args.score:
         from ablation.run import add_kit_scores
 

