@@ -33,7 +33,7 @@ class SlowExpertsCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep what the experts are."""
-        encoder = next(module for module in model.modules() if isinstance(module, HagMoeModel))
+        encoder: Any = next(module for module in model.modules() if isinstance(module, HagMoeModel))
         first = slice(encoder.config.experts_per_group)
         blocks = (encoder.layers[layer].mlp for layer in encoder.config.sparse_layers)
         experts = [stack.detach()[first] for block in blocks for stack in block.experts.parameters()]

@@ -184,7 +184,13 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], b
     for arm in arms:
         cross = None if arm.name == BASELINE else crossover(whole_curve(arm, budget, done, before))
         lines.append(_row(arm, baseline if arm.name == BASELINE else runs_of(arm, budget, done), baseline, budget, cross))
-    lines += ["", *(f"- **{arm.name}**: {arm.about}." for arm in arms), "", *_domains(arms, baseline, budget, done), ""]
+    lines += [
+        "",
+        *(f"- **{arm.name}**: {arm.about}{'' if arm.about.endswith('?') else '.'}" for arm in arms),
+        "",
+        *_domains(arms, baseline, budget, done),
+        "",
+    ]
     some = next(iter(baseline.values()))
     versions = ", ".join(f"{name} {number}" for name, number in some["versions"].items())
     lines.append(f"{some['device']}; {versions}; {some['date'][:10]}; `{some['command']}` at {some['commit']}.")
