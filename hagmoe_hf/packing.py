@@ -4,6 +4,7 @@ What training left alone is not there, nor what upcycling makes again. Matrices 
 scale for each row, the rows of a memory 4 bits with a scale for every `GROUP` numbers; small tensors are as they were.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -62,7 +63,7 @@ def pack(model: Any, parent: Any, folder: str | os.PathLike) -> Path:
             )
         elif not torch.equal(tensor, was):
             packed |= {name: tensor} if tensor.numel() < SMALL else _to_8_bits(name, tensor.float() - was.float())
-    about = {"parent": sentence.fingerprint(parent), "max_seq_length": str(model.max_seq_length)}
+    about = {"parent": weights_hash(parent), "max_seq_length": str(model.max_seq_length)}
     with new_folder(Path(folder)) as partial:
         save_file({name: tensor.contiguous() for name, tensor in packed.items()}, partial / DIFFERENCE, about)
         write_text(partial / "config.json", encoder.config.to_json_string(use_diff=False))
@@ -112,6 +113,25 @@ def unpack(folder: str | os.PathLike, parent: Any) -> Any:
     return model
 
 
+def fits(folder: str | os.PathLike, parent: Any) -> bool:
+    """Whether a packed mixture is there, and `parent`, a `SentenceTransformer`, is what it was packed against."""
+    path = Path(folder) / DIFFERENCE
+    if not path.is_file():
+        return False
+    with safe_open(path, "pt") as file:
+        return bool(file.metadata()["parent"] == weights_hash(parent))
+
+
+def weights_hash(model: Any) -> str:
+    """SHA-256 (hex) of the weights of a model's encoder, and of nothing that a library's version may change."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sentence.encoder_of(model).named_parameters()):
+        if "pooler" not in name:  # of no use to a SentenceTransformer, which may leave it out
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _start(config: HagMoeConfig, parent: Any) -> dict[str, Tensor]:
     """The weights of a mixture of this configuration before training, without a memory."""
     shared = config.shared_expert_intermediate_size
@@ -150,4 +170,4 @@ def _from_4_bits(packed: Tensor, scale: Tensor) -> Tensor:
     return (numbers.unflatten(-1, (scale.shape[1], -1)) * scale.float()).flatten(1)
 
 
-__all__ = ["pack", "unpack"]
+__all__ = ["fits", "pack", "unpack"]

