@@ -90,9 +90,9 @@ def unpack(folder: str | os.PathLike, parent: Any) -> Any:
     with safe_open(folder / DIFFERENCE, "pt") as file:
         about = file.metadata()
         packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    if (found := sentence.fingerprint(parent)) != about["parent"]:
+    if (found := weights_hash(parent)) != about["parent"]:
         raise ValueError(
-            f"parent has the fingerprint {found[:12]}; allowed: the model {about['parent'][:12]}, as it was packed."
+            f"parent has the weights {found[:12]}; allowed: those that were packed against, {about['parent'][:12]}."
         )
     state = _start(config, parent)
     for name, tensor in packed.items():
