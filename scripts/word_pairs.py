@@ -47,7 +47,7 @@ def word_pairs(folder: Path, most: int, wanted: list[str] | None = None) -> pd.D
     """Pairs of words from all of a folder's dictionaries that have English on one side.
 
     Args:
-        folder: With `freedict-XXX-eng.dict.dz`, `freedict-eng-XXX.dict.dz` and their `.index` files.
+        folder: With `freedict-*-eng.dict.dz`, `freedict-eng-*.dict.dz` and their `.index` files.
         most: Pairs of a language. Words that more of the dictionaries translate come first: they are the common ones.
         wanted: Codes of languages; None for all.
 

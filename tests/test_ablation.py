@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from hagmoe_hf import sentence
-from hagmoe_hf.ngrams_hagmoe import spell_ngrams
 from hagmoe_hf.training.losses import TranslationLoss
 
 ROOT = Path(__file__).parents[1]
@@ -84,105 +82,6 @@ def test_translations_are_learned_as_users_learn_them(prepared, pairs):
     labels = loop.Contrastive.vectors(parent, features[0]).unsqueeze(1)
     found = loop.Contrastive(model, parent).translations(features)
     torch.testing.assert_close(found, TranslationLoss(model)(features, labels))
-
-
-def test_a_run_on_translations_moves_what_may_learn(prepared, pairs, dev, tmp_path):
-    arm = dataclasses.replace(ARMS["hag-languages"], memory=40)
-    budget = {"left_out_languages": ("en",), "translated": ("software",)}
-    model = trained(arm, prepared, pairs, dev, tmp_path, **budget)[1]
-    before = model_of(arm, prepared).state_dict()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert any(name.endswith("ngram_memory.rows") for name in moved)
-    assert any(".experts." in name for name in moved)
-    assert all(".experts." in name or name.endswith("ngram_memory.rows") for name in moved)
-
-
-def test_experts_may_stay_where_all_else_learns(prepared, pairs, dev, tmp_path):
-    arm = dataclasses.replace(ARMS["hag-translations-home"], memory=40, fitted=False)
-    budget = {"left_out_languages": ("en",), "translated": ("software",)}
-    model = trained(arm, prepared, pairs, dev, tmp_path, **budget)[1]
-    before = model_of(arm, prepared).state_dict()
-    after = model.state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("attention.o_proj" in name for name in moved)
-    assert not any(".router." in name or ".embeddings." in name for name in moved)
-    stacks = [name for name in moved if ".experts." in name]
-    assert stacks
-    for name in stacks:
-        assert torch.equal(before[name][0], after[name][0])
-        assert not torch.equal(before[name][1], after[name][1])
-
-
-def test_experts_may_learn_slowly(prepared, pairs, dev, tmp_path):
-    """One step, at a quarter of the rate: a quarter of the way, for one group only."""
-    moved = {}
-    for part in (0.25, 1.0):
-        arm = dataclasses.replace(ARMS["hag-words"], memory=40, fitted=False, words=False, preserved_rate=part)
-        budget = {"left_out_languages": ("en",), "translated": ("software",), "steps": 1, "evaluations": 1}
-        model = trained(arm, prepared, pairs, dev, tmp_path / f"{part}", **budget)[1]
-        before = model_of(arm, prepared).state_dict()
-        moved[part] = {name: weight - before[name] for name, weight in model.state_dict().items() if ".experts." in name}
-    assert all(step[0].any() for step in moved[1.0].values())
-    for name, step in moved[1.0].items():
-        torch.testing.assert_close(moved[0.25][name][0], step[0] / 4, atol=1e-6, rtol=1e-2)
-        torch.testing.assert_close(moved[0.25][name][1], step[1])
-
-
-def test_the_dense_parents_word_embeddings_may_learn(prepared, pairs, dev, tmp_path):
-    arm = ARMS["dense-embeddings"]
-    before = model_of(arm, prepared).state_dict()
-    after = trained(arm, prepared, pairs, dev, tmp_path)[1].state_dict()
-    tables = {name: not torch.equal(before[name], after[name]) for name in before if "_embeddings.weight" in name}
-    assert {name.split(".")[-2]: moved for name, moved in tables.items()} == {
-        "word_embeddings": True,
-        "position_embeddings": False,
-        "token_type_embeddings": False,
-    }
-
-
-def test_a_memory_may_start_from_words_that_nothing_is_trained_on(prepared, tmp_path):
-    """Other arms have the same inputs with them and without."""
-    folder = tmp_path / "inputs"
-    shutil.copytree(prepared, folder)
-    words = [("word-bitext", "xx", f"{i}", "b" + "c" * (i % 9), "dev" if i % 9 == 0 else "train") for i in range(90)]
-    pd.DataFrame(words, columns=["domain", "lang", "anchor", "positive", "split"]).to_parquet(tmp_path / "words.parquet")
-    with pytest.raises(FileNotFoundError, match=r"words\.npz is missing; allowed: inputs that --add-words gave some"):
-        inputs.training_translations(folder, words=True)
-    inputs.add_words(tmp_path / "words.parquet", folder)
-    assert [len(lengths) for _, lengths in inputs.training_translations(folder, words=True)] == [80, 80]
-    assert [len(lengths) for _, lengths in inputs.training_translations(folder)] == [0, 0]
-    pairs = [inputs.load_pairs(one, "train", 24, "cpu") for one in (folder, prepared)]
-    assert pairs[0].domains == pairs[1].domains
-    rows = [set(spell_ngrams(inputs.training_ngrams(folder, 200, 4, "en", words)[0])) for words in (False, True)]
-    assert rows[0] < rows[1]
-    own, others = (set(texts) for texts in inputs.texts_by_language(folder, "en", words=True))
-    assert {"1", "2"} <= own
-    assert "bc" in others
-
-
-def test_articles_of_one_title_are_translations():
-    """Names are the same in many languages; what gives them away is cut off, and who held out a text holds out its pair."""
-    rows = [
-        ("encyclopedia", "en", "Ada Lovelace, English mathematician", "Augusta Ada King was", "train"),
-        ("encyclopedia", "es", "Ada Lovelace, matemática, inglesa", "Augusta Ada King fue", "train"),
-        ("encyclopedia", "fr", "Ada Lovelace, mathématicienne", "Augusta Ada King est", "dev"),
-        ("encyclopedia", "es", "Ada Lovelace, otra", "Otra vez", "train"),  # the same title once more
-        ("encyclopedia", "en", "Orinoco, river", "The Orinoco is", "dev"),
-        ("encyclopedia", "es", "Orinoco, río", "El Orinoco es", "train"),  # its English is held out
-        ("encyclopedia", "es", "Lima es una ciudad", "Capital", "train"),  # no title
-        ("encyclopedia", "es", "x" * 61 + ", largo", "Largo", "train"),
-        ("encyclopedia", "en", "x" * 61 + ", long", "Long", "train"),
-        ("software", "es", "Ada Lovelace, programa", "Un programa", "train"),
-    ]
-    pairs = pd.DataFrame(rows, columns=["domain", "lang", "anchor", "positive", "split"])
-    found = inputs.same_titles(pairs)
-    assert set(found.domain) == {"encyclopedia-bitext"}
-    assert {tuple(row) for row in found[["lang", "anchor", "positive", "split"]].values} == {
-        ("es", "English mathematician", "matemática, inglesa", "train"),
-        ("es", "Augusta Ada King was", "Augusta Ada King fue", "train"),
-        ("fr", "English mathematician", "mathématicienne", "dev"),
-        ("fr", "Augusta Ada King was", "Augusta Ada King est", "dev"),
-    }
 
 
 def test_a_domain_gives_every_row_before_it_repeats_one(pairs):

@@ -102,14 +102,7 @@ BUDGETS = {
         # The same for a CPU without bfloat16 units
         replace(MOSTLY_TRANSLATIONS, name="translations-float32", bfloat16=False),
         # The same, shorter, with what articles of one title say in two languages among the translations
-        replace(
-            MOSTLY_TRANSLATIONS,
-            name="titles",
-            steps=300,
-            evaluations=3,
-            bfloat16=False,
-            translated=(*SOFTWARE, "encyclopedia-bitext"),
-        ),
+        replace(MOSTLY_TRANSLATIONS, name="titles", steps=300, evaluations=3, bfloat16=False, translated=TRANSLATED),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
         # For a GPU: does the order of the arms change with more pairs?

@@ -29,6 +29,7 @@ from ablation.scoring import dev_scores
 from hagmoe_hf import sentence
 from hagmoe_hf.training.losses import TranslationLoss
 from hagmoe_hf.training.router_callback import RouterCallback
+from hagmoe_hf.training.slow_experts import SlowExpertsCallback
 
 SCALE = 20.0  # of cosines, as in MultipleNegativesRankingLoss
 LARGEST_GRADIENT = 1.0
@@ -144,13 +145,7 @@ class Trainee:
         parent = sentence.load(str(setting.inputs / "parent"), device=setting.device) if imitates else None
         self.loss = Contrastive(model, parent and parent.eval().requires_grad_(False), distillation)
         self.trained = [parameter for group in groups for parameter in group["params"]]
-        # Views: Adam's steps have one size, whatever a gradient's, so what learns slowly goes back a part of each
-        self.slow_experts = [
-            stack.detach()[0]
-            for group in groups
-            if arm.preserved_rate != 1 and group["kind"] == "experts"
-            for stack in group["params"]
-        ]
+        self.slow_experts = SlowExpertsCallback(arm.preserved_rate) if arm.preserved_rate != 1 else None
         self.average = [parameter.detach().clone() for parameter in self.trained] if arm.average else []
         for group in groups if arm.shared_gradient else ():
             for stack in group["params"] if group["kind"] == "experts" else ():
@@ -186,10 +181,11 @@ class Trainee:
             loss = self.loss.translations(features) if domain in setting.budget.translated else self.loss(features)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
-        before = [expert.clone() for expert in self.slow_experts]
+        if self.slow_experts is not None:
+            self.slow_experts.on_pre_optimizer_step(None, None, None, model=self.model)
         self.optimizer.step()
-        for expert, old in zip(self.slow_experts, before, strict=True):
-            expert.lerp_(old, 1 - setting.arm.preserved_rate)
+        if self.slow_experts is not None:
+            self.slow_experts.on_optimizer_step(None, None, None)
         self.optimizer.zero_grad(set_to_none=True)
         if self.callback is not None:
             self.callback.on_step_end(None, None, None)
