@@ -27,6 +27,16 @@ def test_experts_may_learn_slowly(prepared, pairs, dev, tmp_path):
         torch.testing.assert_close(moved[0.25][name][1], step[1])
 
 
+def test_a_flat_router_over_the_same_experts_learns(prepared, pairs, dev, tmp_path):
+    """Every token of any language may go to either expert, and the memory still holds no English n-gram."""
+    arm = dataclasses.replace(ARMS["flat-words"], memory=40, fitted=False, words=False)
+    budget = {"left_out_languages": ("en",), "translated": ("software",)}
+    model = trained(arm, prepared, pairs, dev, tmp_path, **budget)[1]
+    before, after = model_of(arm, prepared).state_dict(), model.state_dict()
+    for place in (".experts.", ".router.", ".ngram_memory.", "attention.o_proj"):
+        assert any(place in name and not torch.equal(before[name], after[name]) for name in before), place
+
+
 def test_the_dense_parents_word_embeddings_may_learn(prepared, pairs, dev, tmp_path):
     arm = ARMS["dense-embeddings"]
     before = model_of(arm, prepared).state_dict()

@@ -141,6 +141,26 @@ TRANSLATIONS = replace(
     fitted=True,
 )
 
+MEMORY_WORDS = replace(
+    TRANSLATIONS,
+    name="memory-words",
+    about="the parent with a memory that holds dictionaries, without experts; all weights learn: does the mixture matter?",
+    upcycling={"sparse_layers": []},
+    all_learn=True,
+    memory=131072,
+    words=True,
+)
+
+WORDS = replace(
+    MEMORY_WORDS,
+    name="hag-words",
+    about="English experts learn slowly, those of other languages fast; a memory that holds dictionaries",
+    upcycling=TRANSLATIONS.upcycling,
+    expert_rate=2.0,
+    frozen_gates=1.0,
+    preserved_rate=0.25,
+)
+
 MEMORY: Mapping[str, Any] = {"memory": 65536, "balancing": None}
 
 
@@ -294,26 +314,22 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             all_learn=True,
             still_experts=True,
         ),
+        WORDS,
         replace(
-            TRANSLATIONS,
-            name="hag-words",
-            about="English experts learn slowly, those of other languages fast; a memory that holds dictionaries",
-            expert_rate=2.0,
-            frozen_gates=1.0,
-            all_learn=True,
-            preserved_rate=0.25,
-            memory=131072,
-            words=True,
+            WORDS,
+            name="hag-words-slow",
+            about="the same, English experts at a tenth of the others' rate",
+            preserved_rate=0.1,
         ),
         replace(
-            TRANSLATIONS,
-            name="memory-words",
-            about="the parent with that memory and without experts; all weights learn: does the mixture matter?",
-            upcycling={"sparse_layers": []},
-            all_learn=True,
-            memory=131072,
-            words=True,
+            MEMORY_WORDS,
+            name="flat-words",
+            about="the same two experts and memory under a plain token router, which learns and is balanced",
+            upcycling={**HOME, "n_group": 1, "num_experts": 2},
+            expert_rate=1.0,
+            balancing={},
         ),
+        MEMORY_WORDS,
         replace(
             TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False
         ),

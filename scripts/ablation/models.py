@@ -36,8 +36,8 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         prepared(dense)
         sentence.encoder_of(dense).embeddings.word_embeddings.requires_grad_(arm.embedding_rate > 0)
         return dense
-    has_experts = arm.upcycling.get("sparse_layers") != []
-    if arm.preserved and has_experts:
+    has_groups = arm.upcycling.get("sparse_layers") != [] and arm.upcycling.get("n_group") != 1
+    if arm.preserved and has_groups:
         own, others = texts_by_language(parent.parent, arm.preserved, arm.words)
         kept = slice(None, None, 3) if calibration_pairs else slice(FEW_TEXTS)
         own, others = own[kept], others[kept]

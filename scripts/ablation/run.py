@@ -80,7 +80,8 @@ def run_table(
     scorers = []
     for name, result in read_results(folder).items() if kit else ():
         vectors = work / budget.name / name / "kit.npz"
-        if result["arm"]["name"] in {arm.name for arm in arms} and not result["kit"]:
+        wanted = result["arm"]["name"] in {arm.name for arm in arms} and (seeds is None or result["seed"] in seeds)
+        if wanted and not result["kit"]:
             if not vectors.is_file() and (vectors.parent / KEPT_WEIGHTS).is_file():
                 scoring.record(kept_model(result, work, inputs).to(device), sets, vectors)
             if vectors.is_file():
