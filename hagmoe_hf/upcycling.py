@@ -111,11 +111,11 @@ def upcycle(
     parent: Any,
     *,
     sparse_layers: Iterable[int] | None = None,
-    n_group: int = 4,
-    num_experts: int = 8,
+    n_group: int | None = None,
+    num_experts: int | None = None,
     num_experts_per_tok: int = 1,
     topk_group: int = 1,
-    shared_expert_fraction: float = 0.5,
+    shared_expert_fraction: float | None = None,
     group_routing: str = "sequence",
     combine_rule: str = "selection",
     calibration_texts: Iterable[str | Sequence[str]] | None = None,
@@ -128,15 +128,16 @@ def upcycle(
     """Turn a dense text encoder into a HAG-MoE that gives the same outputs.
 
     With `num_experts_per_tok=1` the mixture has its parent's active FLOPs; each further expert adds one routed slice.
+    Its shape, where not given, is four groups of two experts beside a shared one in every second layer but the last; with
+    `preserved_texts` two groups of one expert in every layer, each the parent's feed-forward block whole.
 
     Args:
         parent: A path or Hub id, a transformers model, or a `SentenceTransformer`, `CrossEncoder`, `SparseEncoder` or
             `MultiVectorEncoder`. It is left as it was.
-        sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end; every
-            second layer but the last where None. An empty list makes none: the parent in this package's code, with a
-            memory where `ngram_texts` are given.
+        sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end. An
+            empty list makes none: the parent in this package's code, with a memory where `ngram_texts` are given.
         n_group: Expert groups, a divisor of `num_experts`; 1 for a plain token router.
-        num_experts: Routed experts per sparse layer, over all groups.
+        num_experts: Routed experts per sparse layer, over all groups; with `preserved_texts` one in each where not given.
         num_experts_per_tok: Routed experts that each token passes.
         topk_group: Groups that stay open for a sequence (or token).
         shared_expert_fraction: Share of the parent's feed-forward neurons that every token keeps passing, in [0, 1),
@@ -178,6 +179,13 @@ def upcycle(
 
     Source: sparse upcycling, arXiv 2212.05055; shared experts, arXiv 2401.06066.
     """
+    preserves = preserved_texts is not None
+    if n_group is None:
+        n_group = 2 if preserves else 4
+    if num_experts is None:
+        num_experts = 8 if not preserves else 2 if n_group == 1 else n_group  # one would leave nothing to route
+    if shared_expert_fraction is None:
+        shared_expert_fraction = 0.0 if preserves else 0.5
     options: dict[str, Any] = {
         "n_group": n_group,
         "num_experts": num_experts,
@@ -185,7 +193,7 @@ def upcycle(
         "topk_group": topk_group,
         "group_routing": group_routing,
         "combine_rule": combine_rule,
-        "preserve_first_group": preserved_texts is not None,
+        "preserve_first_group": preserves,
     }
 
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
@@ -436,7 +444,9 @@ def _mixture_config(
             **fields,
             **options,
             has_pooler=any("pooler." in key for key in parent.state_dict()),
-            mlp_layer_types=_mlp_layer_types(parent.config.num_hidden_layers, sparse_layers),
+            mlp_layer_types=_mlp_layer_types(
+                parent.config.num_hidden_layers, sparse_layers, every_one=options["preserve_first_group"]
+            ),
             shared_expert_intermediate_size=shared_width,
             moe_intermediate_size=parent.config.intermediate_size - shared_width,
         )
@@ -444,7 +454,10 @@ def _mixture_config(
         raise ValueError(str(error.__cause__ or error)) from error
 
 
-def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Iterable[int] | None) -> list[str]:
+def _mlp_layer_types(num_hidden_layers: int, sparse_layers: Iterable[int] | None, every_one: bool) -> list[str]:
+    """Layers as given; where they are not, all or those of the default."""
+    if sparse_layers is None and every_one:
+        return ["sparse"] * num_hidden_layers
     if sparse_layers is None:
         return default_mlp_layer_types(num_hidden_layers)
     is_list = isinstance(sparse_layers, Iterable) and not isinstance(sparse_layers, str)

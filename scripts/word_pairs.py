@@ -12,12 +12,13 @@ import gzip
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
+from hagmoe_hf.evaluation.kit import KitSet, find_sets
 from hagmoe_hf.files import new_file
 
 # ISO 639-3, as the dictionaries are named, to the codes that other pairs have
@@ -143,15 +144,31 @@ def _hash(text: str) -> float:
     return int(hashlib.sha1(text.encode()).hexdigest()[:12], 16) / 16**12
 
 
+def without_known(words: pd.DataFrame, sets: Sequence[KitSet]) -> pd.DataFrame:
+    """Pairs of words without those that a set of the kit compares, in either order and in any case."""
+    compared = {
+        frozenset(str(row[side]).lower() for side in ("sentence1", "sentence2"))
+        for kit_set in sets
+        for rows in kit_set.read().values()
+        for row in rows
+        if "sentence1" in row
+    }
+    pairs = zip(words.anchor.str.lower(), words.positive.str.lower(), strict=True)
+    return words[[frozenset(pair) not in compared for pair in pairs]]
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of dictionaries, such as /usr/share/dictd")
     parser.add_argument("output", type=Path, help="a Parquet file to write")
     parser.add_argument("--most", type=int, default=10_000, help="pairs of a language")
+    parser.add_argument("--without", type=Path, metavar="KIT", help="leave out the pairs that a set of this kit compares")
     parser.add_argument("--languages", nargs="+", choices=sorted(CODES.values()), default=None, help="these only")
     arguments = parser.parse_args()
     pairs = word_pairs(arguments.folder, arguments.most, arguments.languages)
+    if arguments.without is not None:
+        pairs = without_known(pairs, find_sets(arguments.without))
     with new_file(arguments.output) as partial:
         pairs.to_parquet(partial, index=False)
     print(pairs.groupby(["lang", "split"]).size().unstack(fill_value=0).to_string())

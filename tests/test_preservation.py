@@ -17,7 +17,7 @@ from hagmoe_hf.training.router_callback import RouterCallback
 from hagmoe_hf.upcycling import freeze_preserved
 
 # The parent's blocks whole, once for what stays and once for what learns
-WHOLE = {"sparse_layers": range(6), "n_group": 2, "num_experts": 2, "shared_expert_fraction": 0.0}
+SPLIT = {"sparse_layers": [0], "n_group": 4, "num_experts": 8, "shared_expert_fraction": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def languages() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def mixture(real_parent, languages) -> SentenceTransformer:
     """English stays, French is learned; half of the texts are kept to look at."""
-    return upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2], **WHOLE)
+    return upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2])
 
 
 def first_groups(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_texts_that_were_not_seen_open_the_right_group(mixture, languages):
 
 def test_training_leaves_preserved_texts_bit_for_bit(real_parent, languages):
     """Whoever has an index of English vectors need not make it again, though English texts were among those trained on."""
-    model = upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2], **WHOLE)
+    model = upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2])
     english, french = languages["en"][1:100:2], languages["fr"][1:100:2]
     at_home = first_groups(model, english).all(1)
     memory = sentence.encoder_of(model).ngram_memory
@@ -115,7 +115,7 @@ def test_a_reloaded_mixture_can_be_frozen_again(mixture, tmp_path):
 
 def test_all_but_gates_and_the_experts_that_stay_can_learn(tiny_parent, corpus):
     """Who can live with vectors that move a little gets more for the others."""
-    model = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90])
+    model = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90], **SPLIT)
     freeze_preserved(model, experts_only=True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     learn(model, corpus)
@@ -166,7 +166,7 @@ def test_nothing_balances_what_is_preserved(mixture):
         ({"preserved_texts": ["a", "\ud800"], "ngram_texts": ["b"]}, r"preserved_texts\[1\] is not UTF-8"),
         ({"preserved_texts": ["a b"], "ngram_texts": ["a b"] * 9}, r"without an n-gram .* never in the 1 preserved_texts"),
         (
-            {"preserved_texts": ["a"], "ngram_texts": ["a", *"bcd"] * 9},
+            {"preserved_texts": ["a"], "ngram_texts": ["a", *"bcd"] * 9, "n_group": 4, "sparse_layers": [0]},
             "ngram_texts holds 3 different texts .* nor preserved",
         ),
         (
@@ -197,7 +197,7 @@ def test_texts_that_are_in_both_kinds_are_preserved(tiny_parent, corpus):
 @pytest.mark.parametrize("options", [{}, {"num_experts_per_tok": 2}])
 def test_no_gradient_reaches_the_first_group(options, implementation, tiny_parent, corpus):
     """However experts are computed, with a shared expert and several experts in the group, padded and alone."""
-    upcycled = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90], **options)
+    upcycled = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90], **SPLIT, **options)
     encoder = sentence.encoder_of(upcycled)
     encoder.config._experts_implementation = implementation
     upcycled.train()(upcycled.preprocess([*corpus[:6], *corpus[40:46]]))["sentence_embedding"].square().sum().backward()
@@ -210,7 +210,7 @@ def test_no_gradient_reaches_the_first_group(options, implementation, tiny_paren
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_what_comes_before_the_first_group_gets_the_gradient_that_it_has_without(dtype, tiny_parent, corpus):
     """Where all else learns, it learns from preserved texts, too: only their experts stay."""
-    upcycled = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90])
+    upcycled = upcycle(str(tiny_parent), preserved_texts=corpus[:40], calibration_texts=corpus[40:90], **SPLIT)
     upcycled.requires_grad_(True).eval()
     encoder = sentence.encoder_of(upcycled)
     found = []
@@ -229,6 +229,18 @@ def test_what_comes_before_the_first_group_gets_the_gradient_that_it_has_without
             assert torch.equal(gradient[2:], free[name][2:])
         else:
             assert torch.equal(gradient, free[name]), name
+
+
+def test_texts_that_stay_make_another_default_shape(tiny_parent, corpus):
+    """The one that was measured with them; whoever wants another gives it."""
+    texts = {"preserved_texts": corpus[:40], "calibration_texts": corpus[40:90]}
+    shapes = [({}, (2, 2, 0, True)), ({"n_group": 3}, (3, 3, 0, True)), ({"num_experts": 4}, (2, 4, 0, True))]
+    shapes += [({"sparse_layers": [0], "shared_expert_fraction": 0.5}, (2, 2, 32, False))]
+    for options, expected in shapes:
+        config = sentence.encoder_of(upcycle(str(tiny_parent), **texts, **options)).config
+        every_one = config.sparse_layers == list(range(config.num_hidden_layers))
+        shape = (config.n_group, config.num_experts, config.shared_expert_intermediate_size, every_one)
+        assert shape == expected, options
 
 
 def test_only_what_preserves_can_be_frozen(real_parent):

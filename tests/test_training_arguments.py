@@ -7,9 +7,10 @@ import yaml
 from conftest import tiny_config
 
 from hagmoe_hf import HagMoeConfig, HagMoeModel
-from hagmoe_hf.training.arguments import PRESET_FOLDER, PRESETS, TrainOptions, parse
+from hagmoe_hf.training.arguments import PRESET_FOLDER, PRESETS, RECIPE_FOLDER, RECIPES, TrainOptions, parse
 from hagmoe_hf.training.curriculum import read_curriculum
 from hagmoe_hf.training.parameters import encoder_parameters, value_by_pattern
+from hagmoe_hf.training.yaml_files import read_yaml
 
 NEEDED = ["--model", "m", "--train_data", "x.jsonl"]
 
@@ -54,8 +55,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
             "domain_column=None is not possible; allowed: a column, with domain_los",
         ),
         (
-            ["--domain_losses", '{"a": "translation"}', "--domain_column", "d"],
-            "teacher=None is not possible; allowed: a folder or Hub id for loss='translation'",
+            ["--domain_losses", '{"a": "distill_mse"}', "--domain_column", "d"],
+            "teacher=None is not possible; allowed: a folder or Hub id for loss='distill_mse'",
         ),
         (
             ["--domain_losses", '{"a": "distill_mse"}', "--domain_column", "d", "--matryoshka_dims", "8", "--teacher", "t"],
@@ -179,10 +180,48 @@ def test_a_preset_is_a_possible_model(name):
     assert options.preset == name
 
 
+TRANSLATED = ["--domain_column", "d", "--domain_losses", '{"a": "translation"}', "--use_cpu", *NEEDED]
+
+
+def test_options_that_are_not_given_are_the_recipes_where_one_fits(tmp_path):
+    """What was measured together is what somebody gets who says no more than which rows are translations."""
+    assert RECIPES == ("languages",)
+    recipe = read_yaml(RECIPE_FOLDER / "languages.yaml")
+    options, training = parse(TRANSLATED)
+    assert options.recipe == "languages"
+    assert {name: getattr(options, name, getattr(training, name, None)) for name in recipe} == recipe
+    path = tmp_path / "train.yaml"
+    path.write_text("learning_rate: 3e-5\npreserved_rate: 0.5\n")
+    options, training = parse([*TRANSLATED, "--config", str(path), "--preserved_rate", "0.75"])
+    assert (training.learning_rate, options.preserved_rate, options.fit_translations) == (3e-5, 0.75, True)
+    path.write_text("domain_losses: {a: translation}\ndomain_column: d\n")
+    assert parse(["--config", str(path), *NEEDED])[0].recipe == "languages"
+
+
+def test_no_recipe_where_none_fits_or_none_is_wanted(tmp_path):
+    plain = TrainOptions(model="m", train_data=["x.jsonl"])
+    assert parse(NEEDED)[0] == plain
+    assert parse([*NEEDED, "--loss", "translation"])[0].recipe is None
+    options, training = parse([*TRANSLATED, "--recipe", "none", "--loss", "ranking_distill_kl"])
+    assert (options.fit_translations, options.ngram_memory_size, training.learning_rate_mapping) == (False, 0, {})
+    path = tmp_path / "train.yaml"
+    path.write_text("recipe: none\nloss: ranking_distill_kl\n")
+    assert not parse([*TRANSLATED, "--config", str(path)])[0].fit_translations
+    path.write_text("recipe: cake\n")
+    with pytest.raises(ValueError, match=r"recipe='cake' is not possible; allowed: one of \[None, 'none', 'languages'\]"):
+        parse([*NEEDED, "--config", str(path)])
+
+
+def test_rows_can_be_chosen_by_what_they_are_not():
+    options = parse([*NEEDED, "--where", "lang!=en", "split=train", "text=a!=b"])[0]
+    assert options.conditions == {"split": "train", "text": "a!=b"}
+    assert options.exclusions == {"lang": "en"}
+
+
 def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
     """The guide is what people copy from."""
     guide = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
-    options_file, languages_file, mixed_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    options_file, mixed_file, languages_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     (tmp_path / "train.yaml").write_text(options_file)
     (tmp_path / "curriculum.yaml").write_text(curriculum_file)
     options, training = parse(["--config", str(tmp_path / "train.yaml"), "--use_cpu"])
@@ -190,7 +229,7 @@ def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
     (tmp_path / "languages.yaml").write_text(languages_file)
     assert parse(["--config", str(tmp_path / "languages.yaml"), "--use_cpu"])[0].preserve
     (tmp_path / "mixed.yaml").write_text(mixed_file)
-    options, training = parse(["--config", str(tmp_path / "mixed.yaml"), "--use_cpu", "--model", "m", "--teacher", "m"])
+    options, training = parse(["--config", str(tmp_path / "mixed.yaml"), "--use_cpu"])
     assert (options.loss_of("bitext"), options.loss_of("others")) == ("translation", "ranking_distill_kl")
     assert training.learning_rate_mapping == {"experts": 2e-4}
     curriculum = read_curriculum(tmp_path / "curriculum.yaml")

@@ -54,6 +54,15 @@ def test_rows_are_filtered_and_sampled_repeatably(tmp_path):
     assert rows["train"][:] != load_rows([source], PAIR, where={"split": "train"}, max_rows=7, seed=2)[0]["train"][:]
 
 
+def test_rows_are_left_out_by_what_they_are(tmp_path):
+    source = write(tmp_path / "x.parquet", GOOD * 20)
+    rows, report = load_rows([source], PAIR, where_not={"anchor": "one"})
+    assert report.read == sum(row["anchor"] != "one" for row in GOOD * 20)
+    assert "one" not in rows["train"]["anchor"]
+    with pytest.raises(ValueError, match=r"where not: \{'split': 'train'\}\); allowed: at least one good row"):
+        load_rows([source], PAIR, where={"split": "train"}, where_not={"split": "train"})
+
+
 def test_bad_rows_are_counted_told_and_left_out(tmp_path):
     """One bad line among a million must neither stop a run nor slip into it."""
     path = tmp_path / "x.jsonl"

@@ -389,8 +389,8 @@ def test_translations_are_learned_while_texts_keep_what_they_have(option, tmp_pa
     rows = [{"anchor": text, "positive": " ".join(reversed(text.split()))[::-1]} for text in corpus[:80]]
     file = tmp_path / "translations.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 100, "n_group": 2, "num_experts": 2}
-    train([*words(tmp_path / "out", tiny_parent, file, **options), f"--{option}"])
+    options = {"loss": "translation", "teacher": str(tiny_parent), "ngram_memory_size": 100, "shared_expert_fraction": 0.5}
+    train([*words(tmp_path / "out", tiny_parent, file, **options, sparse_layers=0), f"--{option}"])
     encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
     parent = SentenceTransformer(str(tiny_parent), device="cpu")
     assert encoder.config.preserve_first_group
@@ -414,7 +414,7 @@ def test_preserved_experts_can_learn_slowly(tmp_path, tiny_parent, corpus):
     rows = [{"anchor": text, "positive": text[::-1]} for text in corpus[:80]]
     file = tmp_path / "translations.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    options = {"loss": "translation", "teacher": str(tiny_parent), "n_group": 2, "num_experts": 2, "max_steps": 1}
+    options = {"loss": "translation", "teacher": str(tiny_parent), "sparse_layers": 0, "max_steps": 1}
     moved = {}
     start = sentence.encoder_of(SentenceTransformer(str(tiny_parent), device="cpu")).encoder.layer
     for rate in (0.25, 1.0):
@@ -475,7 +475,8 @@ def test_translations_are_learned_beside_pairs_in_one_language(tmp_path, tiny_pa
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
     options = {"domain_column": "domain", "loss": "ranking_distill_kl", "domain_losses": '{"bitext": "translation"}'}
-    more = {"teacher": str(tiny_parent), "ngram_memory_size": 100, "eval_data": file, "eval_strategy": "steps"}
+    options |= {"teacher": str(tiny_parent), "recipe": "none"}
+    more = {"ngram_memory_size": 100, "eval_data": file, "eval_strategy": "steps"}
     flags = ["--preserve_experts", "--fit_translations"]
     train([*words(tmp_path / "out", tiny_parent, file, **options, **more, max_steps=8, logging_steps=1), *flags])
     encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
@@ -486,13 +487,49 @@ def test_translations_are_learned_beside_pairs_in_one_language(tmp_path, tiny_pa
         ngram_memory_size=100,
     )
     assert torch.equal(encoder.ngram_memory.names, sentence.encoder_of(started_from).ngram_memory.names)
-    (layer,) = encoder.config.sparse_layers
-    experts = encoder.layers[layer].mlp.experts.up_proj
-    started = sentence.encoder_of(started_from).layers[layer].mlp.experts.up_proj
-    assert torch.equal(experts[:2], started[:2])
-    assert not torch.equal(experts[2:], started[2:])
+    for layer in encoder.config.sparse_layers:
+        experts = encoder.layers[layer].mlp.experts.up_proj
+        started = sentence.encoder_of(started_from).layers[layer].mlp.experts.up_proj
+        assert torch.equal(experts[0], started[0])
+        assert not torch.equal(experts[1], started[1])
     logged = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
     assert {"eval_bitext_loss", "eval_others_loss"} <= set().union(*logged)
+
+
+def test_translations_beside_pairs_are_trained_by_the_recipe(tmp_path, tiny_parent, corpus):
+    """Nothing but the data and which of it are translations; the rest is what was measured."""
+    pairs = [{"anchor": text, "positive": text[::-1], "domain": "bitext"} for text in corpus[:60]]
+    pairs += [{"anchor": text[::-1], "positive": text[-20::-1], "domain": "others"} for text in corpus[60:100]]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
+    line = ["--model", str(tiny_parent), "--train_data", str(file), "--domain_column", "domain", "--use_cpu", "--max_steps"]
+    command = [*line, "3", "--domain_losses", '{"bitext": "translation"}']
+    train([*command, "--output_dir", str(tmp_path / "out")])
+    encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
+    config = encoder.config
+    assert config.sparse_layers == list(range(config.num_hidden_layers))
+    assert (config.n_group, config.num_experts, config.shared_expert_intermediate_size) == (2, 2, 0)
+    assert encoder.ngram_memory.rows.any()
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")[0].model
+    assert torch.equal(encoder.embeddings.word_embeddings.weight, parent.embeddings.word_embeddings.weight)
+    for layer, dense in zip(encoder.layers, parent.encoder.layer, strict=True):
+        moved = (layer.mlp.experts.up_proj - dense.intermediate.dense.weight).abs().amax(dim=(1, 2))
+        assert 0 < 4 * moved[0] < moved[1]
+    with pytest.raises(
+        ValueError, match=r"recipe='languages' with model='.*', a mixture already; allowed: a dense model, or"
+    ):
+        train([*command, "--output_dir", str(tmp_path / "again"), "--model", str(tmp_path / "out/model")])
+
+
+def test_a_model_that_is_its_own_teacher_learns_as_from_its_copy(tmp_path, tiny_parent, corpus):
+    """It reads each batch beside the student, where another teacher encodes all of the data beforehand."""
+    rows = [{"anchor": text[:60], "positive": text[60:120] + text[:9]} for text in corpus[:64]]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    for name in ("translation", "ranking_distill_kl"):
+        for out, more in (("own", {}), ("copy", {"teacher": tiny_parent})):
+            train(words(tmp_path / f"{name}-{out}", tiny_parent, file, loss=name, eval_data=file, **more))
+        assert largest_difference(tmp_path / f"{name}-own", tmp_path / f"{name}-copy") < 1e-5
 
 
 def test_a_loss_for_a_domain_that_is_not_there_is_refused(tmp_path, tiny_parent, pairs_file):

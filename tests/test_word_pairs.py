@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from ablation.inputs import without_known
 from evaluation_helpers import write_rows
-from word_pairs import DIGITS, entries, word_pairs
+from word_pairs import DIGITS, entries, without_known, word_pairs
 
 from hagmoe_hf.evaluation.kit import KitSet
 

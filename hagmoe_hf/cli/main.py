@@ -68,13 +68,28 @@ def upcycle(
     parent: Annotated[str, typer.Argument(help="Local folder or Hub id of a dense model.")],
     out: Annotated[Path, typer.Argument(help="New folder for the mixture.")],
     sparse_layers: Annotated[
-        str | None, typer.Option(help="Layers that become mixtures, like 1,3; every second one but the last by default.")
+        str | None,
+        typer.Option(
+            help="Layers that become mixtures, like 1,3; by default every second one but the last, or all with "
+            "--preserved-texts."
+        ),
     ] = None,
-    n_group: Annotated[int, typer.Option(help="Expert groups; 1 for a plain token router.")] = 4,
-    num_experts: Annotated[int, typer.Option(help="Routed experts per sparse layer, over all groups.")] = 8,
+    n_group: Annotated[
+        int | None,
+        typer.Option(help="Expert groups; 1 for a plain token router; by default 4, or 2 with --preserved-texts."),
+    ] = None,
+    num_experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Routed experts per sparse layer, over all groups; by default 8, or one per group with --preserved-texts."
+        ),
+    ] = None,
     num_experts_per_tok: Annotated[int, typer.Option(help="Routed experts that each token passes.")] = 1,
     topk_group: Annotated[int, typer.Option(help="Groups that stay open for a text.")] = 1,
-    shared_expert_fraction: Annotated[float, typer.Option(help="Share of the neurons that every token passes.")] = 0.5,
+    shared_expert_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the neurons that every token passes; by default 0.5, or 0 with --preserved-texts."),
+    ] = None,
     group_routing: Annotated[Literal["sequence", "token"], typer.Option(help="Who opens groups.")] = "sequence",
     combine_rule: Annotated[Literal["selection", "normalized"], typer.Option(help="Weights of the experts.")] = "selection",
     calibration_texts: Annotated[

@@ -19,6 +19,9 @@ from .yaml_files import read_yaml
 OBJECTIVES = ("embedding", "mlm")
 PRESET_FOLDER = Path(__file__).parent / "presets"
 PRESETS = tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml")))
+NO_RECIPE = "none"
 LORA_TARGETS = ("experts", "router")
 
 
@@ -40,6 +43,14 @@ class TrainOptions:
     objective: str = field(
         default="embedding", metadata=_help("Train text embeddings, or a masked language model.", choices=OBJECTIVES)
     )
+    recipe: str | None = field(
+        default=None,
+        metadata=_help(
+            "Defaults of the other options that were measured together: by default 'languages' where domain_losses names "
+            "'translation', and none otherwise.",
+            choices=(NO_RECIPE, *RECIPES),
+        ),
+    )
     train_data: list[str] = field(
         default_factory=list, metadata=_help("Files (.parquet, .jsonl, .csv), or names for datasets.load_dataset.")
     )
@@ -52,7 +63,10 @@ class TrainOptions:
     )
     label_column: str | None = field(default=None, metadata=_help("Column of numbers; 'label' for losses that need one."))
     domain_column: str | None = field(default=None, metadata=_help("Column of names; each becomes a dataset of its own."))
-    where: list[str] = field(default_factory=list, metadata=_help("COLUMN=VALUE that rows must have, such as split=train."))
+    where: list[str] = field(
+        default_factory=list,
+        metadata=_help("COLUMN=VALUE that rows must have, such as split=train, or COLUMN!=VALUE that they must not have."),
+    )
     max_rows: int | None = field(default=None, metadata=_help("Train on a random sample of so many rows."))
     temperature: float = field(
         default=1.0, metadata=_help("T of the domains' weights n^(1/T): 1 in proportion, inf uniform.")
@@ -68,17 +82,27 @@ class TrainOptions:
         metadata=_help('Domains with another loss than the others, as JSON, such as {"bitext": "translation"}.'),
     )
     matryoshka_dims: list[int] = field(default_factory=list, metadata=_help("Widths at which the loss is taken as well."))
-    teacher: str | None = field(default=None, metadata=_help("Folder or Hub id of the teacher, for the distill losses."))
+    teacher: str | None = field(
+        default=None,
+        metadata=_help(
+            "Folder or Hub id of the teacher, for the distill losses; for 'translation' and 'ranking_distill_kl' by default "
+            "the model itself, as it is before training."
+        ),
+    )
 
     sparse_layers: list[int] = field(
-        default_factory=list, metadata=_help("Upcycling: layers that become mixtures; every second one but the last.")
+        default_factory=list,
+        metadata=_help("Upcycling: layers that become mixtures; every second one but the last, or all where texts stay."),
     )
-    n_group: int = field(default=4, metadata=_help("Upcycling: expert groups."))
-    num_experts: int = field(default=8, metadata=_help("Upcycling: routed experts per sparse layer."))
+    n_group: int | None = field(default=None, metadata=_help("Upcycling: expert groups; 4, or 2 where texts stay."))
+    num_experts: int | None = field(
+        default=None, metadata=_help("Upcycling: routed experts per sparse layer; 8, or one per group where texts stay.")
+    )
     num_experts_per_tok: int = field(default=1, metadata=_help("Upcycling: routed experts that each token passes."))
     topk_group: int = field(default=1, metadata=_help("Upcycling: groups that stay open for a text."))
-    shared_expert_fraction: float = field(
-        default=0.5, metadata=_help("Upcycling: share of neurons that every token passes.")
+    shared_expert_fraction: float | None = field(
+        default=None,
+        metadata=_help("Upcycling: share of neurons that every token passes; 0.5, or 0 where texts stay."),
     )
     group_routing: str = field(
         default="sequence", metadata=_help("Upcycling: who opens groups.", choices=("sequence", "token"))
@@ -157,7 +181,12 @@ class TrainOptions:
     def __post_init__(self):
         _require(isinstance(self.loss_keywords, dict), "loss_options", self.loss_options, "a JSON object")
         _require(isinstance(self.losses_by_domain, dict), "domain_losses", self.domain_losses, "a JSON object")
-        for name, allowed in (("objective", OBJECTIVES), ("loss", LOSSES), ("preset", (None, *PRESETS))):
+        for name, allowed in (
+            ("objective", OBJECTIVES),
+            ("loss", LOSSES),
+            ("preset", (None, *PRESETS)),
+            ("recipe", (None, NO_RECIPE, *RECIPES)),
+        ):
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {list(allowed)}")
         _require(bool(self.train_data), "train_data", self.train_data, "at least one file or dataset name")
         _require(self.temperature >= 1, "temperature", self.temperature, "1 (in proportion) or more")
@@ -167,8 +196,8 @@ class TrainOptions:
         _require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "a share between 0 and 1")
         _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
         for condition in self.where:
-            _require("=" in condition, "where", condition, "COLUMN=VALUE")
-        _require(len(self.conditions) == len(self.where), "where", self.where, "each column once")
+            _require("=" in condition, "where", condition, "COLUMN=VALUE or COLUMN!=VALUE")
+        _require(len(self.conditions) + len(self.exclusions) == len(self.where), "where", self.where, "each column once")
         from_scratch = self.objective == "mlm" and self.model is None
         _require(bool(self.model) or from_scratch, "model", self.model, "a folder or Hub id")
         _require(
@@ -178,13 +207,7 @@ class TrainOptions:
             f"one of {list(PRESETS)} for mlm without a model",
         )
         self._check_domain_losses()
-        taught = [f"loss={name!r}" for name in self.losses if LOSSES[name].needs_teacher and self.objective == "embedding"]
-        _require(
-            (self.teacher is not None) == bool(taught),
-            "teacher",
-            self.teacher,
-            f"a folder or Hub id for {' and '.join(taught)}" if taught else "None with this loss or objective",
-        )
+        self._check_teacher()
         if self.calibration_rows and self.objective == "mlm":
             _require(False, "calibration_rows", self.calibration_rows, "0 with objective='mlm'")
         if self.ngram_memory_size and self.objective == "mlm":
@@ -214,6 +237,12 @@ class TrainOptions:
     def preserves(self) -> bool:
         """Whether texts like those of the first column have experts that stay."""
         return self.preserve or self.preserve_experts
+
+    def _check_teacher(self) -> None:
+        taught = [name for name in self.losses if LOSSES[name].needs_teacher and self.objective == "embedding"]
+        _require(self.teacher is None or bool(taught), "teacher", self.teacher, "None with this loss or objective")
+        lacking = [f"loss={name!r}" for name in taught if not LOSSES[name].teaches_itself and self.teacher is None]
+        _require(not lacking, "teacher", None, f"a folder or Hub id for {' and '.join(lacking)}")
 
     def _check_domain_losses(self) -> None:
         for domain, name in self.losses_by_domain.items():
@@ -253,8 +282,13 @@ class TrainOptions:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """`where` as column -> value."""
-        return dict(condition.split("=", 1) for condition in self.where)
+        """Of `where` what rows must have, as column -> value."""
+        return dict(one.split("=", 1) for one in self.where if not _excludes(one))
+
+    @property
+    def exclusions(self) -> dict[str, str]:
+        """Of `where` what rows must not have, as column -> value."""
+        return dict(one.split("!=", 1) for one in self.where if _excludes(one))
 
     @property
     def upcycling(self) -> dict[str, Any]:
@@ -265,7 +299,7 @@ class TrainOptions:
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTrainingArguments]:
-    """Read options: the command line overrides the YAML file of `--config`, which overrides defaults.
+    """Read options: the command line overrides the YAML file of `--config`, which overrides the recipe and the defaults.
 
     Args:
         arguments: What follows the command's name.
@@ -279,13 +313,26 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTr
     usage = "hagmoe train [--config FILE] [--OPTION VALUE ...]"
     parser = HfArgumentParser(kinds, usage=usage, description="Train a HAG-MoE.", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the options below.")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config = first.parse_known_args(list(arguments))[0].config
-    if config:
-        parser.set_defaults(**_read_config(config))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in ("config", "recipe", "domain_losses"):
+        first.add_argument(f"--{name}")
+    given = vars(first.parse_known_args(list(arguments))[0])
+    in_file = _read_config(given["config"]) if given.get("config") else {}
+    parser.set_defaults(**_recipe({**in_file, **given}))
+    parser.set_defaults(**in_file)
     options, training = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[:2]
     return options, training
+
+
+def _recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of the recipe that is asked for, or that fits the losses; none where it is to be none, or is unknown."""
+    name = given.get("recipe")
+    if name is None:
+        losses = _json("domain_losses", given.get("domain_losses"))
+        name = "languages" if isinstance(losses, dict) and "translation" in losses.values() else NO_RECIPE
+    if name not in RECIPES:
+        return {}
+    return {**_read_config(str(RECIPE_FOLDER / f"{name}.yaml")), "recipe": name}
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -330,6 +377,11 @@ def _json(option: str, value: Any) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{option}={value!r} is not possible; allowed: a JSON object.") from error
+
+
+def _excludes(condition: str) -> bool:
+    """Whether it is COLUMN!=VALUE; a value may hold anything."""
+    return condition.partition("=")[0].endswith("!")
 
 
 def _require(holds: bool, option: str, value: object, allowed: str) -> None:

@@ -65,6 +65,7 @@ def load_rows(
     label_column: str | None = None,
     domain_column: str | None = None,
     where: Mapping[str, str] | None = None,
+    where_not: Mapping[str, str] | None = None,
     split: str = "train",
     max_rows: int | None = None,
     seed: int = 0,
@@ -77,6 +78,7 @@ def load_rows(
         label_column: A column of finite numbers; it becomes `label`.
         domain_column: A column of names, each of which becomes a dataset of its own.
         where: Column -> value that a row must have, compared as text.
+        where_not: Column -> value that a row must not have.
         split: The split of `datasets.load_dataset`.
         max_rows: Keep a random sample of so many rows.
         seed: Of that sample.
@@ -90,8 +92,8 @@ def load_rows(
     """
     if not sources:
         raise ValueError(f"train_data={list(sources)} names nothing; allowed: {_ENDINGS}, or a name for `datasets`.")
-    where = dict(where or {})
-    needed = [*dict.fromkeys([*text_columns, *filter(None, (label_column, domain_column)), *where])]
+    where, where_not = dict(where or {}), dict(where_not or {})
+    needed = [*dict.fromkeys([*text_columns, *filter(None, (label_column, domain_column)), *where, *where_not])]
     wanted = [*dict.fromkeys([*needed, *STATED])]
     skipped: Counter[str] = Counter()
     kept: Columns = {name: [] for name in wanted}
@@ -106,6 +108,8 @@ def load_rows(
             values = dict(zip(wanted, row, strict=True))
             if any(str(values[name]) != value for name, value in where.items()):
                 continue
+            if any(str(values[name]) == value for name, value in where_not.items()):
+                continue
             read += 1
             reason = _clean(values, text_columns, label_column, domain_column)
             if reason:
@@ -117,8 +121,8 @@ def load_rows(
     count = len(kept[wanted[0]])
     if not count:
         raise ValueError(
-            f"No row is left of {read} in {', '.join(sources)} (skipped: {dict(skipped)}, where: {where}); allowed: at "
-            "least one good row."
+            f"No row is left of {read} in {', '.join(sources)} (skipped: {dict(skipped)}, where: {where}, where "
+            f"not: {where_not}); allowed: at least one good row."
         )
     chosen = np.arange(count)
     if max_rows is not None and max_rows < count:

@@ -20,11 +20,11 @@ from ..files import new_folder
 from ..modeling_hagmoe import HagMoePreTrainedModel
 from ..translations import fit_translations
 from ..upcycling import freeze_preserved, upcycle
-from .arguments import TrainOptions, parse, refuse_to_move_preserved
+from .arguments import NO_RECIPE, RECIPES, TrainOptions, parse, refuse_to_move_preserved
 from .curriculum import CurriculumCallback, read_curriculum
 from .data import LABEL, WITHOUT_DOMAINS, DataReport, load_rows, refuse_too_small, text_length
 from .lora import add_lora, merge_lora
-from .losses import LOSSES, build_loss, with_teacher_vectors
+from .losses import LOSSES, TaughtLoss, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
 from .output import MODEL_FOLDER, CardCallback, save_whole, say, where_to_begin, write_report
 from .parameters import freeze
@@ -175,7 +175,10 @@ def _train_embeddings(
     if options.eval_data:
         eval_data, eval_report = _load_data(options, arguments, options.eval_data, max_rows=None)
         say(arguments, f"For evaluation: {eval_report}")
-    if options.teacher:
+    own_teacher = None
+    if options.teacher is None and any(LOSSES[name].needs_teacher for name in options.losses):
+        own_teacher = _as_it_was(options, arguments)
+    elif options.teacher:
         teacher = sentence.load(options.teacher, device=str(arguments.device))
         width = model.get_embedding_dimension() or 0
         for data in filter(None, (train_data, eval_data)):
@@ -190,7 +193,7 @@ def _train_embeddings(
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        loss=_build_losses(options, model, [*train_data, *(eval_data or ())]),
+        loss=_build_losses(options, model, own_teacher, [*train_data, *(eval_data or ())]),
         callbacks=[*wanted, CardCallback(report)],
         temperature=options.temperature,
         one_domain_batches=options.one_domain_batches,
@@ -212,6 +215,7 @@ def _load_data(
         label_column=(options.label_column or "label") if kind.needs_label else None,
         domain_column=options.domain_column,
         where=options.conditions,
+        where_not=options.exclusions,
         split=options.train_split,
         max_rows=max_rows,
         seed=arguments.seed,
@@ -219,14 +223,30 @@ def _load_data(
 
 
 def _build_losses(
-    options: TrainOptions, model: SentenceTransformer, domains: Sequence[str]
+    options: TrainOptions, model: SentenceTransformer, own_teacher: SentenceTransformer | None, domains: Sequence[str]
 ) -> nn.Module | dict[str, nn.Module]:
     """The loss, or one for each domain; domains with the same loss share it."""
-    own = build_loss(options.loss, model, options.loss_keywords, options.matryoshka_dims)
+
+    def build(name: str, *more: Any) -> nn.Module:
+        loss = build_loss(name, model, *more)
+        if own_teacher is None or not LOSSES[name].needs_teacher:
+            return loss
+        return TaughtLoss(loss, own_teacher, LOSSES[name].first_column_only)
+
+    own = build(options.loss, options.loss_keywords, options.matryoshka_dims)
     if not options.losses_by_domain:
         return own
-    losses = {name: own if name == options.loss else build_loss(name, model) for name in options.losses}
+    losses = {name: own if name == options.loss else build(name) for name in options.losses}
     return {domain: losses[options.loss_of(domain)] for domain in domains}
+
+
+def _as_it_was(options: TrainOptions, arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:
+    """The model before training as its own teacher, in this package's code, which reads whatever the student reads."""
+    assert options.model is not None
+    model = sentence.load(options.model, device=str(arguments.device))
+    if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
+        model = upcycle(model, sparse_layers=[])
+    return model.requires_grad_(False)
 
 
 def _refuse_unknown_domains(where: str, named: Mapping[str, Any], train_data: DatasetDict) -> None:
@@ -300,6 +320,11 @@ def _load_model(
             say(arguments, str(fit_translations(model, pairs + words)))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
+    elif options.recipe in RECIPES:
+        raise ValueError(
+            f"recipe={options.recipe!r} with model={options.model!r}, a mixture already; allowed: a dense model, or "
+            f"recipe={NO_RECIPE!r}."
+        )
     elif options.fit_translations:
         raise ValueError(f"fit_translations=True with model={options.model!r}, a mixture already; allowed: a dense model.")
     if options.max_length is not None:

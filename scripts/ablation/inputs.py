@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
+from word_pairs import without_known
 
 from ablation.budgets import TRANSLATED, Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
-from hagmoe_hf.evaluation.kit import KitSet, find_sets
+from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.files import new_file, new_folder, write_text
 from hagmoe_hf.ngram_memory import LEAST_COUNT
 from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
@@ -197,19 +198,6 @@ def add_words(words: Path, folder: Path) -> None:
     write_text(folder / CALIBRATION_WORDS, json.dumps(texts, ensure_ascii=False))
     with new_file(folder / WORDS) as partial:
         _pack(rows, AutoTokenizer.from_pretrained(folder / "parent"), max_length, partial)
-
-
-def without_known(words: pd.DataFrame, sets: Sequence[KitSet]) -> pd.DataFrame:
-    """Pairs of words without those that a set of the kit compares, in either order and in any case."""
-    compared = {
-        frozenset(str(row[side]).lower() for side in ("sentence1", "sentence2"))
-        for kit_set in sets
-        for rows in kit_set.read().values()
-        for row in rows
-        if "sentence1" in row
-    }
-    pairs = zip(words.anchor.str.lower(), words.positive.str.lower(), strict=True)
-    return words[[frozenset(pair) not in compared for pair in pairs]]
 
 
 def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
