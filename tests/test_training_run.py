@@ -183,6 +183,21 @@ def test_every_checkpoint_is_a_model_with_a_card(tmp_path, tiny_parent, pairs_fi
     assert json.loads((tmp_path / "out/data_report.json").read_text())["domains"] == {"code": 120, "docs": 60, "words": 60}
 
 
+@pytest.mark.parametrize(("max_length", "afterwards"), [(5, 32), (48, 48)])
+def test_short_texts_in_training_do_not_shorten_what_the_model_reads(
+    max_length, afterwards, tmp_path, tiny_parent, pairs_file
+):
+    """Cut for the sake of speed; whoever serves the model does not expect it to ignore the rest of a text."""
+    parent = SentenceTransformer(str(tiny_parent), device="cpu")
+    parent.max_seq_length = 32
+    parent.save_pretrained(str(tmp_path / "parent"))
+    train(words(tmp_path / "out", tmp_path / "parent", pairs_file, max_length=max_length, max_steps=2))
+    lengths = [
+        SentenceTransformer(str(tmp_path / "out" / name), device="cpu").max_seq_length for name in ("checkpoint-2", "model")
+    ]
+    assert lengths == [max_length, afterwards]
+
+
 def test_nothing_of_the_users_is_lost(tmp_path, tiny_parent, pairs_file):
     """Not a file that lies there, not a finished model, not a checkpoint that was being written."""
     out = tmp_path / "out"

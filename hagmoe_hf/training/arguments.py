@@ -175,7 +175,13 @@ class TrainOptions:
         default=30522, metadata=_help("mlm: size of the tokenizer that is trained on the texts of a model from scratch.")
     )
     mlm_probability: float = field(default=0.3, metadata=_help("mlm: share of tokens that are masked."))
-    max_length: int | None = field(default=None, metadata=_help("Longest text in tokens; the model's own where not given."))
+    max_length: int | None = field(
+        default=None,
+        metadata=_help(
+            "Longest text in tokens while training, the model's own where not given; the trained model reads at least as "
+            "much of a text as before."
+        ),
+    )
     resume: bool = field(default=False, metadata=_help("Go on from the newest whole checkpoint in output_dir."))
 
     def __post_init__(self):

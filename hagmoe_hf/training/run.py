@@ -160,7 +160,10 @@ def _train_embeddings(
         entries, about_words = load_rows(options.dictionaries, DICTIONARY_COLUMNS)
         words = _texts_of(entries[WITHOUT_DOMAINS])
         report = report.with_dictionaries(about_words)
-    model = _load_model(options, arguments, train_data, words, final.parent)
+    assert options.model is not None
+    given = sentence.load(options.model, device=str(arguments.device))
+    longest = given.max_seq_length or 0
+    model = _mixture_to_train(options, arguments, given, train_data, words, final.parent)
     wanted = callbacks(options)
     curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
 
@@ -202,6 +205,8 @@ def _train_embeddings(
     trainer.train(resume_from_checkpoint=checkpoint)
     if options.lora_rank:
         merge_lora(sentence.encoder_of(model))
+    if options.max_length is not None:  # a limit of training, not of what comes after
+        model.max_seq_length = max(longest, options.max_length)
     save_whole(arguments, final, trainer.save_model, report)
 
 
@@ -283,16 +288,15 @@ def _texts_of(data: Dataset) -> list[list[str]]:
     return [[text for text in row.values() if isinstance(text, str)] for row in data]
 
 
-def _load_model(
+def _mixture_to_train(
     options: TrainOptions,
     arguments: SentenceTransformerTrainingArguments,
+    model: SentenceTransformer,
     train_data: DatasetDict,
     words: list[list[str]],
     output: Path,
 ) -> SentenceTransformer:
     """The mixture to train, frozen and adapted as wanted; `words` are those of dictionaries, each with a translation."""
-    assert options.model is not None
-    model = sentence.load(options.model, device=str(arguments.device))
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
