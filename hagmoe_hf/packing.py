@@ -81,14 +81,14 @@ def unpack(folder: str | os.PathLike, parent: Any) -> Any:
         The mixture as a `SentenceTransformer`, in float32 on the CPU.
 
     Raises:
-        ValueError: `parent` is another model than the one that was packed against.
+        ValueError: `parent` is another model than the one that was packed against, or the folder holds other tensors.
         OSError: `folder` holds no packed mixture.
     """
     folder = Path(folder)
     parent = sentence.load(os.fspath(parent), device="cpu") if isinstance(parent, str | os.PathLike) else parent
     config = HagMoeConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     with safe_open(folder / DIFFERENCE, "pt") as file:
-        about = file.metadata()
+        about = _about(file, folder)
         packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     if (found := weights_hash(parent)) != about["parent"]:
         raise ValueError(
@@ -119,7 +119,14 @@ def fits(folder: str | os.PathLike, parent: Any) -> bool:
     if not path.is_file():
         return False
     with safe_open(path, "pt") as file:
-        return bool(file.metadata()["parent"] == weights_hash(parent))
+        return bool(_about(file, folder)["parent"] == weights_hash(parent))
+
+
+def _about(file: Any, folder: str | os.PathLike) -> dict[str, str]:
+    about = file.metadata() or {}
+    if not {"parent", "max_seq_length"} <= set(about):
+        raise ValueError(f"{folder}/{DIFFERENCE} says {about or 'nothing'} of itself; allowed: a file that `pack` wrote.")
+    return about
 
 
 def weights_hash(model: Any) -> str:

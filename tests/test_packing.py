@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from hagmoe_hf import fit_translations, sentence, upcycle
@@ -64,6 +65,15 @@ def test_another_parent_is_refused(trained, tiny_parent, tmp_path):
     assert not fits(tmp_path, other)
     with pytest.raises(ValueError, match=r"parent has the weights .*; allowed: those that were packed against"):
         unpack(tmp_path / "packed", other)
+
+
+def test_tensors_that_say_nothing_of_themselves_are_refused(trained, tiny_parent, tmp_path):
+    """Another's file of that name, or one that a tool wrote anew without what stood in its head."""
+    pack(trained, str(tiny_parent), tmp_path / "packed")
+    save_file(load_file(tmp_path / "packed" / DIFFERENCE), tmp_path / "packed" / DIFFERENCE)
+    for read in (unpack, fits):
+        with pytest.raises(ValueError, match=r"difference\.safetensors says nothing of itself; allowed: a file that `pack`"):
+            read(tmp_path / "packed", SentenceTransformer(str(tiny_parent), device="cpu"))
 
 
 def test_a_dense_model_is_refused(tiny_parent, tmp_path):
