@@ -149,6 +149,7 @@ def test_the_distillation_term_is_0_at_the_start(prepared, pairs):
 
 LATE = ARMS["branch-late"]
 STOPS = [(DENSE, 4), (CALIBRATED, 3), (LATE, 3), (LATE, 4), (LATE, 5), (ARMS["average"], 5), (ARMS["distilled"], 5)]
+STOPS += [(ARMS["dense-interpolated"], 5)]
 
 
 @pytest.mark.parametrize(("arm", "stop"), STOPS, ids=lambda value: getattr(value, "name", value))

@@ -37,6 +37,24 @@ def test_a_flat_router_over_the_same_experts_learns(prepared, pairs, dev, tmp_pa
         assert any(place in name and not torch.equal(before[name], after[name]) for name in before), place
 
 
+def test_weights_may_be_left_at_a_part_of_their_way(prepared, pairs, dev, tmp_path):
+    """All but the memory's, which is what makes the most of its way before the first step."""
+    budget = {"left_out_languages": ("en",), "translated": ("software",)}
+    ends = []
+    for name in ("hag-words", "hag-words-interpolated"):
+        arm = dataclasses.replace(ARMS[name], memory=40, fitted=False, words=False)
+        run, model = trained(arm, prepared, pairs, dev, tmp_path / name, **budget)
+        ends.append(model.state_dict())
+    before = model_of(arm, prepared).state_dict()
+    assert run.curve[-1]["dev_mrr"]
+    for name, start in before.items():
+        whole, part = (end[name] for end in ends)
+        if ".ngram_memory." in name:
+            assert torch.equal(part, whole)
+        elif start.is_floating_point():
+            torch.testing.assert_close(part, start.lerp(whole, 0.75))
+
+
 def test_the_dense_parents_word_embeddings_may_learn(prepared, pairs, dev, tmp_path):
     arm = ARMS["dense-embeddings"]
     before = model_of(arm, prepared).state_dict()

@@ -29,6 +29,8 @@ class Arm:
         branches: Whether it goes on from the dense parent's run, where its budget follows another: upcycled after that.
         dense_share: Share of the steps that train the dense parent, before it is upcycled.
         average: Decay of the weights' moving average, which is what is evaluated at the end; 0 for none.
+        interpolated: Part of the way from where they started at which the weights are left after training, but for the
+            memory's (WiSE-FT, arXiv 2109.01903); 1 for all of it.
         distillation: Weight of the parent's similarities in the loss.
         mixed_batches: Whether a batch holds pairs of all domains, instead of one.
         memory: Most n-grams of the training pairs in an n-gram memory; 0 for none.
@@ -60,6 +62,7 @@ class Arm:
     branches: bool = False
     dense_share: float = 0.0
     average: float = 0.0
+    interpolated: float = 1.0
     distillation: float = 0.0
     mixed_batches: bool = False
     memory: int = 0
@@ -321,6 +324,13 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             about="the same, English experts at a tenth of the others' rate",
             preserved_rate=0.1,
         ),
+        replace(
+            WORDS,
+            name="hag-words-interpolated",
+            about="hag-words, its weights but for the memory left at three quarters of their way",
+            interpolated=0.75,
+        ),
+        replace(DENSE, name="dense-interpolated", about="the same of the dense parent", interpolated=0.75),
         replace(
             MEMORY_WORDS,
             name="flat-words",

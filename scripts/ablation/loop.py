@@ -130,13 +130,20 @@ class Trainee:
         setting: Of the run.
         model: To train.
         texts: Pairs for a later calibration.
-        state: Of the balancing, from a checkpoint.
+        balancing: Its state, from a checkpoint.
+        started: What its weights were before the first step, where they are not that any more.
     """
 
     def __init__(
-        self, setting: Setting, model: SentenceTransformer, texts: list[tuple[str, str]], balancing: dict | None = None
+        self,
+        setting: Setting,
+        model: SentenceTransformer,
+        texts: list[tuple[str, str]],
+        balancing: dict | None = None,
+        started: dict[str, Tensor] | None = None,
     ):
         self.setting, self.model, self.texts = setting, model, texts
+        self.started = started or weights_before(setting.arm, model)
         arm = setting.arm
         groups = parameter_groups(model, arm)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
@@ -198,6 +205,13 @@ class Trainee:
         arm, seed = self.setting.arm, self.setting.seed
         return Trainee(self.setting, mixture(arm, self.model, self.texts, seed), self.texts)
 
+    def go_back(self) -> None:
+        """Leave the weights at a part of their way, for good."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters() if self.started else ():
+                if name in self.started:
+                    parameter.lerp_(self.started[name], 1 - self.setting.arm.interpolated)
+
     def use_average(self) -> None:
         """Put the averaged weights into the model, for good."""
         with torch.no_grad():
@@ -208,6 +222,14 @@ class Trainee:
         """Take the taps off the model."""
         if self.callback is not None:
             self.callback.on_train_end(None, None, None)
+
+
+def weights_before(arm: Arm, model: SentenceTransformer) -> dict[str, Tensor]:
+    """What a model's weights are before its first step, but for the memory's; empty where nothing goes back to them."""
+    if arm.interpolated == 1:
+        return {}
+    named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: parameter.detach().clone() for name, parameter in named if ".ngram_memory." not in name}
 
 
 def share_gradient(part: float, gradient: Tensor) -> Tensor:
@@ -250,6 +272,7 @@ def train(
                 run.seconds += clock() - started
                 if run.step == budget.steps:
                     trainee.use_average()
+                    trainee.go_back()
                 run.curve.append(_point(run.step, setting, trainee.model, dev, losses))
                 losses, started = [], clock()
             if run.step == budget.steps:
@@ -297,12 +320,13 @@ def _begin(setting: Setting, texts: list[tuple[str, str]], folder: Path) -> tupl
                 model = mixture(setting.arm, model, texts, setting.seed)
         torch.manual_seed(setting.seed)  # the same dropout for every arm, however many weights it drew
         return Run(), Trainee(setting, model, texts), []
+    started = weights_before(setting.arm, model)
     saved = torch.load(path, map_location=setting.device, weights_only=True)
     run = Run(**saved["run"])
     if run.step > setting.upcycling_step > 0:
         model = mixture(setting.arm, model, texts, setting.seed)
     model.load_state_dict(saved["model"])
-    trainee = Trainee(setting, model, texts, saved["balancing"])
+    trainee = Trainee(setting, model, texts, saved["balancing"], started)
     trainee.optimizer.load_state_dict(saved["optimizer"])
     trainee.average = saved["average"]
     torch.set_rng_state(saved["random"].cpu())
