@@ -114,7 +114,11 @@ def unpack(folder: str | os.PathLike, parent: Any) -> Any:
 
 
 def fits(folder: str | os.PathLike, parent: Any) -> bool:
-    """Whether a packed mixture is there, and `parent`, a `SentenceTransformer`, is what it was packed against."""
+    """Whether a packed mixture is there, and `parent`, a `SentenceTransformer`, is what it was packed against.
+
+    Raises:
+        ValueError: The folder holds other tensors under that name.
+    """
     path = Path(folder) / DIFFERENCE
     if not path.is_file():
         return False

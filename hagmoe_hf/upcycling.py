@@ -137,7 +137,8 @@ def upcycle(
         sparse_layers: Layers whose feed-forward block becomes a mixture, counted from 0, negative ones from the end. An
             empty list makes none: the parent in this package's code, with a memory where `ngram_texts` are given.
         n_group: Expert groups, a divisor of `num_experts`; 1 for a plain token router.
-        num_experts: Routed experts per sparse layer, over all groups; with `preserved_texts` one in each where not given.
+        num_experts: Routed experts per sparse layer, over all groups. Where not given, with `preserved_texts`, as many in
+            each as a token passes.
         num_experts_per_tok: Routed experts that each token passes.
         topk_group: Groups that stay open for a sequence (or token).
         shared_expert_fraction: Share of the parent's feed-forward neurons that every token keeps passing, in [0, 1),
@@ -183,7 +184,8 @@ def upcycle(
     if n_group is None:
         n_group = 2 if preserves else 4
     if num_experts is None:
-        num_experts = 8 if not preserves else 2 if n_group == 1 else n_group  # one would leave nothing to route
+        has_groups = isinstance(n_group, int) and n_group > 1  # what is no number of groups is refused as such below
+        num_experts = n_group * num_experts_per_tok if preserves and has_groups else 8
     if shared_expert_fraction is None:
         shared_expert_fraction = 0.0 if preserves else 0.5
     options: dict[str, Any] = {

@@ -16,7 +16,7 @@ from hagmoe_hf.training.losses import build_loss
 from hagmoe_hf.training.router_callback import RouterCallback
 from hagmoe_hf.upcycling import freeze_preserved
 
-# The parent's blocks whole, once for what stays and once for what learns
+# Two experts in the group that stays, and a shared one
 SPLIT = {"sparse_layers": [0], "n_group": 4, "num_experts": 8, "shared_expert_fraction": 0.5}
 
 
@@ -235,6 +235,7 @@ def test_texts_that_stay_make_another_default_shape(tiny_parent, corpus):
     """The one that was measured with them; whoever wants another gives it."""
     texts = {"preserved_texts": corpus[:40], "calibration_texts": corpus[40:90]}
     shapes = [({}, (2, 2, 0, True)), ({"n_group": 3}, (3, 3, 0, True)), ({"num_experts": 4}, (2, 4, 0, True))]
+    shapes += [({"num_experts_per_tok": 2}, (2, 4, 0, True))]
     shapes += [({"sparse_layers": [0], "shared_expert_fraction": 0.5}, (2, 2, 32, False))]
     for options, expected in shapes:
         config = sentence.encoder_of(upcycle(str(tiny_parent), **texts, **options)).config

@@ -81,7 +81,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
         ),
         (["--objective", "mlm", "--calibration_rows", "2"], "calibration_rows=2 is not possible; allowed: 0 with"),
         (["--where", "split"], "where='split' is not possible; allowed: COLUMN=VALUE"),
-        (["--where", "lang=en", "lang=de"], "where=\\['lang=en', 'lang=de'\\] is not possible; allowed: each column once"),
+        (
+            ["--where", "lang=en", "lang=de"],
+            "where=\\['lang=en', 'lang=de'\\] is not possible; allowed: one value of each column",
+        ),
         (["--loss", "distill_kl"], "teacher=None is not possible; allowed: a folder or Hub id for loss='distill_kl'"),
         (["--teacher", "t"], "teacher='t' is not possible; allowed: None with this loss"),
         (["--preset", "small"], "preset='small' is not possible; allowed: one of .* for mlm without a model"),
@@ -191,14 +194,16 @@ def test_options_that_are_not_given_are_the_recipes_where_one_fits(tmp_path):
     assert options.recipe == "languages"
     assert {name: getattr(options, name, getattr(training, name, None)) for name in recipe} == recipe
     path = tmp_path / "train.yaml"
-    path.write_text("learning_rate: 3e-5\npreserved_rate: 0.5\n")
+    path.write_text("learning_rate: 5e-5\npreserved_rate: 0.5\n")
     options, training = parse([*TRANSLATED, "--config", str(path), "--preserved_rate", "0.75"])
-    assert (training.learning_rate, options.preserved_rate, options.fit_translations) == (3e-5, 0.75, True)
+    assert (training.learning_rate, options.preserved_rate, options.fit_translations) == (5e-5, 0.75, True)
+    assert training.learning_rate_mapping == {"experts": 1e-4}
     path.write_text("domain_losses: {a: translation}\ndomain_column: d\n")
     assert parse(["--config", str(path), *NEEDED])[0].recipe == "languages"
 
 
 def test_no_recipe_where_none_fits_or_none_is_wanted(tmp_path):
+    """Runs of today must come out tomorrow as they did, where nothing says translation."""
     plain = TrainOptions(model="m", train_data=["x.jsonl"])
     assert parse(NEEDED)[0] == plain
     assert parse([*NEEDED, "--loss", "translation"])[0].recipe is None
@@ -207,15 +212,33 @@ def test_no_recipe_where_none_fits_or_none_is_wanted(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text("recipe: none\nloss: ranking_distill_kl\n")
     assert not parse([*TRANSLATED, "--config", str(path)])[0].fit_translations
+    path.write_text("recipe: null\n")
+    assert parse([*TRANSLATED, "--config", str(path)])[0].recipe == "languages"
     path.write_text("recipe: cake\n")
     with pytest.raises(ValueError, match=r"recipe='cake' is not possible; allowed: one of \[None, 'none', 'languages'\]"):
         parse([*NEEDED, "--config", str(path)])
 
 
 def test_rows_can_be_chosen_by_what_they_are_not():
-    options = parse([*NEEDED, "--where", "lang!=en", "split=train", "text=a!=b"])[0]
+    """A model's own language, or a test's rows, have to stay out, and are named more easily than all the others."""
+    options = parse([*NEEDED, "--where", "lang!=en", "split=train", "text=a!=b", "lang!=de"])[0]
     assert options.conditions == {"split": "train", "text": "a!=b"}
-    assert options.exclusions == {"lang": "en"}
+    assert options.exclusions == {"lang": ["en", "de"]}
+
+
+@pytest.mark.parametrize("option", ["--domain_losses", "--domain-losses"])
+def test_the_recipe_follows_either_spelling_and_its_rates_the_rate(option):
+    """transformers reads both; a run at a lower rate would otherwise have experts that learn many times as fast."""
+    command = [*NEEDED, "--use_cpu", "--domain_column", "d", option, '{"a": "translation"}']
+    assert parse(command)[0].recipe == "languages"
+    training = parse([*command, option.replace("domain", "learning").replace("losses", "rate"), "5e-5"])[1]
+    assert training.learning_rate_mapping == {"experts": 1e-4}
+    with pytest.raises(SystemExit):
+        parse([*command, "--learning_rate", "fast"])
+    with pytest.raises(
+        ValueError, match=r"preserve_experts=True .* \(Recipe 'languages' gives .*; recipe='none' turns it off"
+    ):
+        parse([*command, "--preserve"])
 
 
 def test_the_guides_files_are_files_that_the_command_reads(tmp_path):

@@ -55,12 +55,13 @@ def test_rows_are_filtered_and_sampled_repeatably(tmp_path):
 
 
 def test_rows_are_left_out_by_what_they_are(tmp_path):
+    """A model's own language, where it is to learn the others."""
     source = write(tmp_path / "x.parquet", GOOD * 20)
-    rows, report = load_rows([source], PAIR, where_not={"anchor": "one"})
+    rows, report = load_rows([source], PAIR, where_not={"anchor": ["one", "drei"]})
     assert report.read == sum(row["anchor"] != "one" for row in GOOD * 20)
     assert "one" not in rows["train"]["anchor"]
-    with pytest.raises(ValueError, match=r"where not: \{'split': 'train'\}\); allowed: at least one good row"):
-        load_rows([source], PAIR, where={"split": "train"}, where_not={"split": "train"})
+    with pytest.raises(ValueError, match=r"where not: \{'split': \['train'\]\}\); allowed: at least one good row"):
+        load_rows([source], PAIR, where={"split": "train"}, where_not={"split": ["train"]})
 
 
 def test_bad_rows_are_counted_told_and_left_out(tmp_path):

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from hagmoe_hf import sentence, upcycle
-from hagmoe_hf.training.losses import LOSSES, SimilarityDistillationLoss, build_loss, with_teacher_vectors
+from hagmoe_hf.training.losses import LOSSES, SimilarityDistillationLoss, TaughtLoss, build_loss, with_teacher_vectors
 
 
 @pytest.fixture
@@ -67,6 +68,17 @@ def test_texts_and_translations_are_drawn_to_the_teachers_vectors_of_the_texts(m
     told_apart = build_loss("translation", model, {"imitation": 0.0})
     expected = torch.nn.functional.cross_entropy(20 * torch.from_numpy(vectors @ targets.T), torch.arange(8))
     assert float(loss_of(told_apart, model, LOSSES["translation"], rows, labels)) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_what_the_trainer_wraps_reaches_a_loss_with_its_own_teacher(model, tiny_parent):
+    """The wrapper puts gradients of several processes together; a loss around the bare model would train each alone."""
+    loss = TaughtLoss(build_loss("translation", model), sentence.load(str(tiny_parent), device="cpu"), True)
+    assert loss.model is model, "the trainer asks for this attribute"
+    trainer = SentenceTransformerTrainer.__new__(SentenceTransformerTrainer)
+    wrapped = trainer.override_model_in_loss(loss, torch.nn.Identity())
+    assert isinstance(wrapped.loss.model, torch.nn.Identity)
+    assert isinstance(wrapped.model, torch.nn.Identity)
+    assert not any("teacher" in name for name, _ in loss.named_modules())
 
 
 @pytest.mark.parametrize("name", ["distill_mse", "distill_kl"])

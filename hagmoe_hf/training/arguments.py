@@ -1,6 +1,7 @@
 """The train command's options: a dataclass beside the trainer's own, from defaults, a YAML file and the command line."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,7 @@ PRESETS = tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml")))
 NO_RECIPE = "none"
+_RECIPE_FOLLOWS = ("recipe", "domain_losses", "learning_rate")  # options that say which recipe, and what it gives
 LORA_TARGETS = ("experts", "router")
 
 
@@ -32,6 +34,8 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 @dataclass
 class TrainOptions:
     """What to train, on what and how; the trainer's own settings are `SentenceTransformerTrainingArguments`.
+
+    A recipe acts where `parse` reads options; whoever makes this object gives all of them.
 
     Raises:
         ValueError: Options that are not possible, alone or together; the message names option, value and what is allowed.
@@ -203,7 +207,8 @@ class TrainOptions:
         _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
         for condition in self.where:
             _require("=" in condition, "where", condition, "COLUMN=VALUE or COLUMN!=VALUE")
-        _require(len(self.conditions) + len(self.exclusions) == len(self.where), "where", self.where, "each column once")
+        wanted = [condition for condition in self.where if not _excludes(condition)]
+        _require(len(self.conditions) == len(wanted), "where", self.where, "one value of each column")
         from_scratch = self.objective == "mlm" and self.model is None
         _require(bool(self.model) or from_scratch, "model", self.model, "a folder or Hub id")
         _require(
@@ -292,9 +297,12 @@ class TrainOptions:
         return dict(one.split("=", 1) for one in self.where if not _excludes(one))
 
     @property
-    def exclusions(self) -> dict[str, str]:
-        """Of `where` what rows must not have, as column -> value."""
-        return dict(one.split("!=", 1) for one in self.where if _excludes(one))
+    def exclusions(self) -> dict[str, list[str]]:
+        """Of `where` what rows must not have, as column -> values."""
+        found: dict[str, list[str]] = {}
+        for column, value in (one.split("!=", 1) for one in self.where if _excludes(one)):
+            found.setdefault(column, []).append(value)
+        return found
 
     @property
     def upcycling(self) -> dict[str, Any]:
@@ -319,26 +327,40 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTr
     usage = "hagmoe train [--config FILE] [--OPTION VALUE ...]"
     parser = HfArgumentParser(kinds, usage=usage, description="Train a HAG-MoE.", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the options below.")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name in ("config", "recipe", "domain_losses"):
-        first.add_argument(f"--{name}")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, usage=usage)
+    for name in ("config", *_RECIPE_FOLLOWS):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given = vars(first.parse_known_args(list(arguments))[0])
     in_file = _read_config(given["config"]) if given.get("config") else {}
-    parser.set_defaults(**_recipe({**in_file, **given}))
-    parser.set_defaults(**in_file)
-    options, training = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[:2]
+    recipe = _recipe({**in_file, **given})
+    parser.set_defaults(**recipe)
+    parser.set_defaults(**{name: value for name, value in in_file.items() if name != "recipe" or value is not None})
+    try:
+        options, training = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)[:2]
+    except ValueError as error:
+        if not recipe:
+            raise
+        hint = f"(Recipe {recipe['recipe']!r} gives what you do not give; recipe={NO_RECIPE!r} turns it off.)"
+        raise ValueError(f"{error} {hint}") from error
     return options, training
 
 
 def _recipe(given: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of the recipe that is asked for, or that fits the losses; none where it is to be none, or is unknown."""
+    """The defaults of the recipe that is asked for, or that fits the losses; none where it is to be none, or is unknown.
+
+    Its rates of some parameters stand in their proportion to a learning rate that is given.
+    """
     name = given.get("recipe")
     if name is None:
         losses = _json("domain_losses", given.get("domain_losses"))
         name = "languages" if isinstance(losses, dict) and "translation" in losses.values() else NO_RECIPE
     if name not in RECIPES:
         return {}
-    return {**_read_config(str(RECIPE_FOLDER / f"{name}.yaml")), "recipe": name}
+    recipe = {**_read_config(str(RECIPE_FOLDER / f"{name}.yaml")), "recipe": name}
+    with contextlib.suppress(TypeError, ValueError):  # what is no number is refused by the parser
+        times = float(given.get("learning_rate", recipe["learning_rate"])) / recipe["learning_rate"]
+        recipe["learning_rate_mapping"] = {part: times * rate for part, rate in recipe["learning_rate_mapping"].items()}
+    return recipe
 
 
 def _read_config(path: str) -> dict[str, Any]:

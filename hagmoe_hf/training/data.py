@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def load_rows(
     label_column: str | None = None,
     domain_column: str | None = None,
     where: Mapping[str, str] | None = None,
-    where_not: Mapping[str, str] | None = None,
+    where_not: Mapping[str, Collection[str]] | None = None,
     split: str = "train",
     max_rows: int | None = None,
     seed: int = 0,
@@ -78,7 +78,7 @@ def load_rows(
         label_column: A column of finite numbers; it becomes `label`.
         domain_column: A column of names, each of which becomes a dataset of its own.
         where: Column -> value that a row must have, compared as text.
-        where_not: Column -> value that a row must not have.
+        where_not: Column -> values that a row must not have; rows without a value pass.
         split: The split of `datasets.load_dataset`.
         max_rows: Keep a random sample of so many rows.
         seed: Of that sample.
@@ -108,7 +108,7 @@ def load_rows(
             values = dict(zip(wanted, row, strict=True))
             if any(str(values[name]) != value for name, value in where.items()):
                 continue
-            if any(str(values[name]) == value for name, value in where_not.items()):
+            if any(str(values[name]) in unwanted for name, unwanted in where_not.items()):
                 continue
             read += 1
             reason = _clean(values, text_columns, label_column, domain_column)

@@ -147,15 +147,23 @@ class TaughtLoss(nn.Module):
     third longer.
 
     Args:
-        loss: Takes a teacher's vectors as labels.
+        loss: Takes a teacher's vectors as labels, and has its student as `model`.
         teacher: On the student's device; it does not learn, and is not saved with the loss.
         first_column_only: Whether those are of the first column alone.
+        dtype: Of the teacher's matrix products, under autocast as the student's; None for its own.
     """
 
-    def __init__(self, loss: nn.Module, teacher: SentenceTransformer, first_column_only: bool):
+    def __init__(
+        self,
+        loss: nn.Module,
+        teacher: SentenceTransformer,
+        first_column_only: bool,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.loss = loss
-        self.first_column_only = first_column_only
+        self.model = loss.model  # the trainer looks here for what it wraps for several processes
+        self.first_column_only, self.dtype = first_column_only, dtype
         self._teacher = (teacher.eval(),)  # in a tuple, it is no module of this one
 
     def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -167,7 +175,7 @@ class TaughtLoss(nn.Module):
         """
         (teacher,) = self._teacher
         taught = sentence_features[:1] if self.first_column_only else sentence_features
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(teacher.device.type, self.dtype, enabled=self.dtype is not None):
             vectors = [teacher(dict(features))["sentence_embedding"] for features in taught]
         return self.loss(sentence_features, torch.stack(vectors, dim=1))
 

@@ -111,7 +111,13 @@ def train_masked_lm(
 def _load_texts(options: TrainOptions, sources: list[str], seed: int) -> tuple[Dataset, Any]:
     columns = options.columns or ["text"]
     rows, report = load_rows(
-        sources, columns, where=options.conditions, split=options.train_split, max_rows=options.max_rows, seed=seed
+        sources,
+        columns,
+        where=options.conditions,
+        where_not=options.exclusions,
+        split=options.train_split,
+        max_rows=options.max_rows,
+        seed=seed,
     )
     return _one_column(rows, columns), report
 
@@ -151,7 +157,8 @@ def _load_model(
 ) -> PreTrainedModel:
     if options.model is None:
         sizes = yaml.safe_load((PRESET_FOLDER / f"{options.preset}.yaml").read_text(encoding="utf-8"))
-        routing = {name: value for name, value in options.upcycling.items() if name in HagMoeConfig.__dataclass_fields__}
+        given = {name: value for name, value in options.upcycling.items() if value is not None}
+        routing = {name: value for name, value in given.items() if name in HagMoeConfig.__dataclass_fields__}
         config = HagMoeConfig(**sizes, **routing, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
         return HagMoeForMaskedLM(config)
     model = AutoModelForMaskedLM.from_pretrained(options.model)

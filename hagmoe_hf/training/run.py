@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from sentence_transformers import (
@@ -160,10 +161,12 @@ def _train_embeddings(
         entries, about_words = load_rows(options.dictionaries, DICTIONARY_COLUMNS)
         words = _texts_of(entries[WITHOUT_DOMAINS])
         report = report.with_dictionaries(about_words)
+    if options.recipe in RECIPES:
+        say(arguments, f"Recipe: {options.recipe}")
     assert options.model is not None
-    given = sentence.load(options.model, device=str(arguments.device))
-    longest = given.max_seq_length or 0
-    model = _mixture_to_train(options, arguments, given, train_data, words, final.parent)
+    model = sentence.load(options.model, device=str(arguments.device))
+    longest = model.max_seq_length or 0
+    model = _mixture_to_train(options, arguments, model, train_data, words, final.parent)
     wanted = callbacks(options)
     curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
 
@@ -180,7 +183,7 @@ def _train_embeddings(
         say(arguments, f"For evaluation: {eval_report}")
     own_teacher = None
     if options.teacher is None and any(LOSSES[name].needs_teacher for name in options.losses):
-        own_teacher = _as_it_was(options, arguments)
+        own_teacher = _as_it_was(options.model, str(arguments.device))
     elif options.teacher:
         teacher = sentence.load(options.teacher, device=str(arguments.device))
         width = model.get_embedding_dimension() or 0
@@ -196,7 +199,7 @@ def _train_embeddings(
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        loss=_build_losses(options, model, own_teacher, [*train_data, *(eval_data or ())]),
+        loss=_build_losses(options, arguments, model, own_teacher, [*train_data, *(eval_data or ())]),
         callbacks=[*wanted, CardCallback(report)],
         temperature=options.temperature,
         one_domain_batches=options.one_domain_batches,
@@ -228,15 +231,20 @@ def _load_data(
 
 
 def _build_losses(
-    options: TrainOptions, model: SentenceTransformer, own_teacher: SentenceTransformer | None, domains: Sequence[str]
+    options: TrainOptions,
+    arguments: SentenceTransformerTrainingArguments,
+    model: SentenceTransformer,
+    own_teacher: SentenceTransformer | None,
+    domains: Sequence[str],
 ) -> nn.Module | dict[str, nn.Module]:
     """The loss, or one for each domain; domains with the same loss share it."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
     def build(name: str, *more: Any) -> nn.Module:
         loss = build_loss(name, model, *more)
         if own_teacher is None or not LOSSES[name].needs_teacher:
             return loss
-        return TaughtLoss(loss, own_teacher, LOSSES[name].first_column_only)
+        return TaughtLoss(loss, own_teacher, LOSSES[name].first_column_only, dtype)
 
     own = build(options.loss, options.loss_keywords, options.matryoshka_dims)
     if not options.losses_by_domain:
@@ -245,10 +253,9 @@ def _build_losses(
     return {domain: losses[options.loss_of(domain)] for domain in domains}
 
 
-def _as_it_was(options: TrainOptions, arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:
+def _as_it_was(name_or_path: str, device: str) -> SentenceTransformer:
     """The model before training as its own teacher, in this package's code, which reads whatever the student reads."""
-    assert options.model is not None
-    model = sentence.load(options.model, device=str(arguments.device))
+    model = sentence.load(name_or_path, device=device)
     if not isinstance(sentence.encoder_of(model), HagMoePreTrainedModel):
         model = upcycle(model, sparse_layers=[])
     return model.requires_grad_(False)

@@ -208,9 +208,8 @@ class Trainee:
     def go_back(self) -> None:
         """Leave the weights at a part of their way, for good."""
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters() if self.started else ():
-                if name in self.started:
-                    parameter.lerp_(self.started[name], 1 - self.setting.arm.interpolated)
+            for name, before in self.started.items():
+                self.model.get_parameter(name).lerp_(before, 1 - self.setting.arm.interpolated)
 
     def use_average(self) -> None:
         """Put the averaged weights into the model, for good."""
@@ -320,13 +319,12 @@ def _begin(setting: Setting, texts: list[tuple[str, str]], folder: Path) -> tupl
                 model = mixture(setting.arm, model, texts, setting.seed)
         torch.manual_seed(setting.seed)  # the same dropout for every arm, however many weights it drew
         return Run(), Trainee(setting, model, texts), []
-    started = weights_before(setting.arm, model)
     saved = torch.load(path, map_location=setting.device, weights_only=True)
     run = Run(**saved["run"])
     if run.step > setting.upcycling_step > 0:
         model = mixture(setting.arm, model, texts, setting.seed)
     model.load_state_dict(saved["model"])
-    trainee = Trainee(setting, model, texts, saved["balancing"], started)
+    trainee = Trainee(setting, model, texts, saved["balancing"], saved["started"])
     trainee.optimizer.load_state_dict(saved["optimizer"])
     trainee.average = saved["average"]
     torch.set_rng_state(saved["random"].cpu())
@@ -344,6 +342,7 @@ def _save(run: Run, trainee: Trainee, losses: list[Tensor], folder: Path) -> Non
         "optimizer": trainee.optimizer.state_dict(),
         "balancing": trainee.callback.state() if trainee.callback else None,
         "average": trainee.average,
+        "started": trainee.started,
         "losses": losses,
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state() if trainee.setting.device != "cpu" else None,
