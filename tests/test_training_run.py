@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -20,6 +21,7 @@ from hagmoe_hf.cli.main import main as hagmoe_main
 from hagmoe_hf.hub import PICKLES
 from hagmoe_hf.training.mlm import train_tokenizer
 from hagmoe_hf.training.run import main as train
+from hagmoe_hf.training.slow_experts import SlowExpertsCallback
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["free the disk space", "Wie spät ist es?", "", "a " * 400, "日本語のテキスト"]
@@ -444,6 +446,16 @@ def test_preserved_experts_can_learn_slowly(tmp_path, tiny_parent, corpus):
     assert moved[1.0][0].any()
     torch.testing.assert_close(moved[0.25][0], moved[1.0][0] / 4, atol=1e-7, rtol=1e-3)
     torch.testing.assert_close(moved[0.25][1], moved[1.0][1])
+
+
+def test_experts_in_pieces_are_not_slowed_down(monkeypatch):
+    """Under FSDP there is no whole expert to take back, and all of them would learn at the full rate."""
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"rate=0\.25 under FSDP, which cuts experts into pieces; allowed: one process"):
+        SlowExpertsCallback(0.25).on_train_begin(None, None, None)
+    for rate in (-0.1, 1.5, True, "fast"):
+        with pytest.raises(ValueError, match=rf"rate={rate!r} is not possible; allowed: a number from 0 to 1"):
+            SlowExpertsCallback(rate)
 
 
 def test_a_memory_starts_from_translations(tmp_path, tiny_parent, corpus):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -22,7 +23,7 @@ class SlowExpertsCallback(TrainerCallback):
         rate: Part of each step that is left, from 0 to 1.
 
     Raises:
-        ValueError: A rate out of its range.
+        ValueError: A rate out of its range; in training, parameters that FSDP has cut into pieces.
     """
 
     def __init__(self, rate: float):
@@ -30,6 +31,13 @@ class SlowExpertsCallback(TrainerCallback):
             raise ValueError(f"rate={rate!r} is not possible; allowed: a number from 0 to 1.")
         self.rate = float(rate)
         self._before: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what it cannot slow down."""
+        if PartialState().distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                f"rate={self.rate} under FSDP, which cuts experts into pieces; allowed: one process, or several under DDP."
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keep what the experts are."""
