@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from hagmoe_hf import HagMoeModel, fit_translations, sentence, upcycle
 from hagmoe_hf.cli.main import main as hagmoe_main
 from hagmoe_hf.hub import PICKLES
+from hagmoe_hf.training.interpolation import weights_to_learn
 from hagmoe_hf.training.mlm import train_tokenizer
 from hagmoe_hf.training.run import main as train
 from hagmoe_hf.training.slow_experts import SlowExpertsCallback
@@ -448,11 +449,35 @@ def test_preserved_experts_can_learn_slowly(tmp_path, tiny_parent, corpus):
     torch.testing.assert_close(moved[0.25][1], moved[1.0][1])
 
 
+def test_weights_are_left_at_a_part_of_their_way(tmp_path, tiny_parent, pairs_file):
+    """Whoever wants to keep more of what the model knew gets it without another run; a killed run ends the same."""
+    ends = {}
+    for part in (0.5, 1.0):
+        out = tmp_path / f"{part}"
+        train(words(out, tiny_parent, pairs_file, interpolation=part, ngram_memory_size=100))
+        ends[part] = load_file(out / "model/model.safetensors")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "0.5", resumed, ignore=shutil.ignore_patterns("model", "checkpoint-4"))
+    train([*words(resumed, tiny_parent, pairs_file, interpolation=0.5, ngram_memory_size=100), "--resume"])
+    assert largest_difference(tmp_path / "0.5", resumed) <= 1e-6
+    assert torch.equal(
+        load_file(tmp_path / "0.5/checkpoint-4/model.safetensors")["ngram_memory.rows"], ends[1.0]["ngram_memory.rows"]
+    )
+    start = SentenceTransformer(str(tiny_parent), device="cpu")[0].model
+    name = "embeddings.word_embeddings.weight"
+    torch.testing.assert_close(ends[0.5][name], start.get_parameter(name).lerp(ends[1.0][name], 0.5))
+    assert not torch.equal(ends[1.0][name], start.get_parameter(name))
+    assert torch.equal(ends[0.5]["ngram_memory.rows"], ends[1.0]["ngram_memory.rows"])
+    assert torch.isfinite(torch.cat([tensor.float().flatten() for tensor in ends[0.5].values()])).all()
+
+
 def test_experts_in_pieces_are_not_slowed_down(monkeypatch):
     """Under FSDP there is no whole expert to take back, and all of them would learn at the full rate."""
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match=r"rate=0\.25 under FSDP, which cuts experts into pieces; allowed: one process"):
         SlowExpertsCallback(0.25).on_train_begin(None, None, None)
+    with pytest.raises(ValueError, match=r"interpolation under FSDP, which cuts weights into pieces; allowed: 1, or"):
+        weights_to_learn(torch.nn.Linear(2, 2))
     for rate in (-0.1, 1.5, True, "fast"):
         with pytest.raises(ValueError, match=rf"rate={rate!r} is not possible; allowed: a number from 0 to 1"):
             SlowExpertsCallback(rate)

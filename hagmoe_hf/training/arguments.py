@@ -154,6 +154,14 @@ class TrainOptions:
         metadata=_help("With preserve_experts: factor on the learning rate of these experts; over 0 they learn slowly."),
     )
 
+    interpolation: float = field(
+        default=1.0,
+        metadata=_help(
+            "Part of their way at which the weights are left after training, but for a memory's; under 1 a model keeps more "
+            "of what it knew."
+        ),
+    )
+
     balance: bool = field(default=True, metadata=_help("Balance the experts and log how they do (RouterCallback)."))
     bias_update_rate: float | None = field(
         default=None, metadata=_help("Step of the balancing bias; RouterCallback's own where not given.")
@@ -237,6 +245,10 @@ class TrainOptions:
         rate = self.preserved_rate
         _require(0 <= rate <= 1, "preserved_rate", rate, "a number from 0 to 1")
         _require(self.preserve_experts or not rate, "preserved_rate", rate, "0 without preserve_experts=True")
+        part = self.interpolation
+        _require(0 < part <= 1, "interpolation", part, "a number over 0, up to 1")
+        _require(self.objective == "embedding" or part == 1, "interpolation", part, "1 with objective='mlm'")
+        _require(not self.lora_rank or part == 1, "interpolation", part, "1 with adapters, which have lora_alpha")
         if self.preserves:
             refuse_to_move_preserved(self)
         if "translation" in self.losses and self.columns:

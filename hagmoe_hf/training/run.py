@@ -24,6 +24,7 @@ from ..upcycling import freeze_preserved, upcycle
 from .arguments import NO_RECIPE, RECIPES, TrainOptions, parse, refuse_to_move_preserved
 from .curriculum import CurriculumCallback, read_curriculum
 from .data import LABEL, WITHOUT_DOMAINS, DataReport, load_rows, refuse_too_small, text_length
+from .interpolation import interpolate, weights_to_learn
 from .lora import add_lora, merge_lora
 from .losses import LOSSES, TaughtLoss, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
@@ -205,7 +206,9 @@ def _train_embeddings(
         one_domain_batches=options.one_domain_batches,
         mix_at=curriculum.mix_at if curriculum else None,
     )
+    started = weights_to_learn(model) if options.interpolation < 1 else {}
     trainer.train(resume_from_checkpoint=checkpoint)
+    interpolate(model, started, options.interpolation)
     if options.lora_rank:
         merge_lora(sentence.encoder_of(model))
     if options.max_length is not None:  # a limit of training, not of what comes after

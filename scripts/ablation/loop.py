@@ -27,6 +27,7 @@ from ablation.models import build, mixture, parameter_groups
 from ablation.routers import EXPERT_OF_DOMAIN, FixedRouter
 from ablation.scoring import dev_scores
 from hagmoe_hf import sentence
+from hagmoe_hf.training.interpolation import interpolate, weights_to_learn
 from hagmoe_hf.training.losses import TranslationLoss
 from hagmoe_hf.training.router_callback import RouterCallback
 from hagmoe_hf.training.slow_experts import SlowExpertsCallback
@@ -143,7 +144,7 @@ class Trainee:
         started: dict[str, Tensor] | None = None,
     ):
         self.setting, self.model, self.texts = setting, model, texts
-        self.started = started or weights_before(setting.arm, model)
+        self.started = started or (weights_to_learn(model) if setting.arm.interpolated != 1 else {})
         arm = setting.arm
         groups = parameter_groups(model, arm)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
@@ -205,12 +206,6 @@ class Trainee:
         arm, seed = self.setting.arm, self.setting.seed
         return Trainee(self.setting, mixture(arm, self.model, self.texts, seed), self.texts)
 
-    def go_back(self) -> None:
-        """Leave the weights at a part of their way, for good."""
-        with torch.no_grad():
-            for name, before in self.started.items():
-                self.model.get_parameter(name).lerp_(before, 1 - self.setting.arm.interpolated)
-
     def use_average(self) -> None:
         """Put the averaged weights into the model, for good."""
         with torch.no_grad():
@@ -221,14 +216,6 @@ class Trainee:
         """Take the taps off the model."""
         if self.callback is not None:
             self.callback.on_train_end(None, None, None)
-
-
-def weights_before(arm: Arm, model: SentenceTransformer) -> dict[str, Tensor]:
-    """What a model's weights are before its first step, but for the memory's; empty where nothing goes back to them."""
-    if arm.interpolated == 1:
-        return {}
-    named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {name: parameter.detach().clone() for name, parameter in named if ".ngram_memory." not in name}
 
 
 def share_gradient(part: float, gradient: Tensor) -> Tensor:
@@ -271,7 +258,7 @@ def train(
                 run.seconds += clock() - started
                 if run.step == budget.steps:
                     trainee.use_average()
-                    trainee.go_back()
+                    interpolate(trainee.model, trainee.started, setting.arm.interpolated)
                 run.curve.append(_point(run.step, setting, trainee.model, dev, losses))
                 losses, started = [], clock()
             if run.step == budget.steps:
