@@ -6,7 +6,8 @@ import pytest
 from ablation import results
 from ablation.arms import DENSE, HAG, Arm
 from ablation.budgets import Budget
-from ablation.report import Difference, crossover, curve_gains, difference, kit_parts, runs_of, table, verdict
+from ablation.goal import Difference, difference, kit_parts, verdict
+from ablation.report import crossover, curve_gains, runs_of, table
 
 TINY_BUDGET = Budget("tiny", 8, 6, 16, (1e-3,), (0, 1), 10, 2, calibration_pairs=20)
 
@@ -50,19 +51,31 @@ def test_what_is_due_is_the_grid_first_then_seeds_at_the_best_rate():
 
 
 @pytest.mark.parametrize(
-    ("gain", "parts", "expected"),
+    ("gain", "parts", "sets", "expected"),
     [
-        (None, {}, "no kit scores: no verdict"),
-        (Difference(1.5, 0.1, 2), {}, "2 of 3 seeds: no verdict"),
-        (Difference(1.5, 0.1, 3), {"a": Difference(-0.4, 0, 3)}, "**yes**"),
-        (Difference(0.9, 0.1, 3), {}, "no: gain under +1.0"),
-        (Difference(1.5, 0.8, 3), {}, "no: within 2 sd"),
-        (Difference(1.5, 0.1, 3), {"a": Difference(1, 0, 3), "b": Difference(-0.6, 0, 3)}, "no: b -0.60"),
+        (None, {}, {}, "no kit scores: no verdict"),
+        (Difference(1.5, 0.1, 2), {}, {}, "2 of 3 seeds: no verdict"),
+        (Difference(1.5, 0.1, 3), {"a": -0.4}, {}, "**yes**"),
+        (Difference(0.9, 0.1, 3), {}, {}, "no: gain under +1.0"),
+        (Difference(1.5, 0.8, 3), {}, {}, "no: within 2 sd"),
+        (Difference(1.5, 0.1, 3), {"a": 1.0, "b": -0.6, "c": -0.7}, {"b": -0.6}, "no: c -0.70 (sets: b -0.60)"),
+        (Difference(1.5, 0.1, 3), {"b": -0.6}, {"b": -0.6}, "no: b -0.60"),
+        (Difference(1.5, 0.1, 3), {"a": -0.1}, {"a1": -0.6, "a2": 0.4, "a3": -2.0}, "**yes** (sets: a3 -2.00, a1 -0.60)"),
     ],
 )
-def test_the_verdict_is_the_goals(gain, parts, expected):
-    """+1.0 on the macro average, more than twice the deviation, nothing worse by more than 0.5, three seeds."""
-    assert verdict(gain, parts, 3) == expected
+def test_the_verdict_is_the_goals(gain, parts, sets, expected):
+    """+1.0 on the macro average, over twice the deviation, no domain or language worse by more than 0.5, three seeds."""
+    parts, sets = ({name: Difference(mean, 0, 3) for name, mean in of.items()} for of in (parts, sets))
+    assert verdict(gain, parts, sets, 3) == expected
+
+
+def test_sets_of_the_same_texts_are_one_domain():
+    """Two tasks over one collection say the same of it, each with its own noise; languages stay apart."""
+    scores = {"reranking.faq_tech": 0.8, "retrieval.faq_tech": 0.7, "retrieval.debian_faq_xlingual": 0.4}
+    kit = {name: {"score": score, "languages": {"en": score}} for name, score in scores.items()}
+    expected = {"questions about software, English": 75, "retrieval.debian_faq_xlingual": 40, "language en": 190 / 3}
+    assert kit_parts({"kit": kit}) == pytest.approx(expected)
+    assert kit_parts({"kit": None}) == {}
 
 
 def test_a_crossover_is_where_the_gain_stays_above_0():

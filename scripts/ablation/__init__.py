@@ -10,5 +10,6 @@ scoring   held-out ranking, and the kit's sets through recorded vectors
 run       which runs a table needs, one after the other, each a JSON file
 parting   what parted experts do to pairs            lengths  and to long and short texts
 results   the files of results: names, what is still due, the best rate
+goal      what a gain has to be to count
 report    the files become tables and a verdict        plots  and pictures
 """

@@ -4,8 +4,7 @@ Differences are paired: an arm's run minus the dense parent's run with the same 
 order. Scores are 0 to 100.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,78 +12,19 @@ import numpy as np
 
 from ablation.arms import DENSE, TABLES, Arm
 from ablation.budgets import BUDGETS, Budget
+from ablation.goal import UNSEEN, Difference, difference, kit_macro, kit_parts, kit_sets, verdict
 from ablation.plots import gain_curves, group_bars
 from ablation.results import best_rate, held_out, read_results, run_name
 from hagmoe_hf.files import write_text
 
 BASELINE = DENSE.name
 Reader = Callable[..., float | None]  # of a figure in a result
-# The goal: so much better on the kit's macro average, by more than so many standard deviations, nowhere worse by more
-LEAST_GAIN, DEVIATIONS, LARGEST_LOSS = 1.0, 2.0, 0.5
 LEFT_OUT_HEADINGS = ("left-out MRR", "difference")  # only where a budget leaves domains out
 HEADINGS = (
     "arm", "rate", "seeds", "active M", "total M", "held-out MRR", "difference", "crossover at", "loss",
     *LEFT_OUT_HEADINGS, "kit", "difference",
     "unseen sources", "MaxVio groups", "s/step", "pays?",
 )  # fmt: skip
-# Sets of the kit from sources that contributed no training pair
-UNSEEN = (
-    "sts.wordsim353", "sts.simlex999", "sts.rg65_en_es", "classification.uci_sentences", "retrieval.arxiv_tags",
-    "retrieval.faq_tech", "retrieval.debian_faq_xlingual", "reranking.faq_tech",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired differences over seeds.
-
-    Attributes:
-        mean: Their mean.
-        deviation: Their standard deviation (n - 1); NaN for one seed.
-        seeds: How many.
-    """
-
-    mean: float
-    deviation: float
-    seeds: int
-
-    def __format__(self, spec: str) -> str:
-        """The mean with its sign, and the deviation where there is one, each as the spec says; ".2f" by default."""
-        spec = spec or ".2f"
-        return f"{self.mean:+{spec}}" + (f" ± {self.deviation:{spec}}" if self.seeds > 1 else "")
-
-    def __str__(self) -> str:
-        return format(self)
-
-
-def difference(values: list[float]) -> Difference:
-    """From one difference per seed."""
-    return Difference(
-        float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"), len(values)
-    )
-
-
-def verdict(gain: Difference | None, parts: Mapping[str, Difference], seeds_wanted: int) -> str:
-    """What the goal says to a gain on the kit's macro average.
-
-    Args:
-        gain: Of the macro average; None where the kit was not scored.
-        parts: The same of every set and language.
-        seeds_wanted: Of the budget.
-    """
-    if gain is None:
-        return "no kit scores: no verdict"
-    if gain.seeds < seeds_wanted:
-        return f"{gain.seeds} of {seeds_wanted} seeds: no verdict"
-    against = []
-    if gain.mean < LEAST_GAIN:
-        against.append(f"gain under {LEAST_GAIN:+.1f}")
-    if gain.mean <= DEVIATIONS * gain.deviation:
-        against.append(f"within {DEVIATIONS:g} sd")
-    worst = min(parts, key=lambda name: parts[name].mean, default=None)
-    if worst is not None and parts[worst].mean < -LARGEST_LOSS:
-        against.append(f"{worst} {parts[worst].mean:+.2f}")
-    return "no: " + ", ".join(against) if against else "**yes**"
 
 
 def crossover(points: list[tuple[int, float]]) -> int | None:
@@ -130,22 +70,6 @@ def gains(runs: dict[int, dict], baseline: dict[int, dict], read: Reader) -> Dif
     return difference(differences) if differences else None
 
 
-def kit_macro(result: dict, names: tuple[str, ...] | None = None) -> float | None:
-    """Mean over the kit's sets (or those named), 0 to 100; None where they were not scored."""
-    scores = [entry["score"] for name, entry in (result["kit"] or {}).items() if names is None or name in names]
-    return 100 * float(np.mean(scores)) if scores else None
-
-
-def kit_parts(result: dict) -> dict[str, float]:
-    """Set or language -> score, 0 to 100."""
-    by_language: dict[str, list[float]] = {}
-    for entry in (result["kit"] or {}).values():
-        for language, value in entry["languages"].items():
-            by_language.setdefault(f"language {language}", []).append(100 * value)
-    sets = {name: 100 * entry["score"] for name, entry in (result["kit"] or {}).items()}
-    return sets | {language: float(np.mean(values)) for language, values in by_language.items()}
-
-
 def curve_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> list[tuple[int, float]]:
     """(pairs seen, mean gain of held-out macro MRR over common seeds) of every point after the start."""
     points = range(1, min((len(run["curve"]) for seed, run in runs.items() if seed in baseline), default=0))
@@ -176,7 +100,7 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], b
         f"{f', after those of `{budget.follows}`' if budget.follows else ''}; rates tried: "
         f"{', '.join(f'{rate:g}' for rate in budget.learning_rates)}. Differences are to `{BASELINE}`, paired by seed, mean "
         "± standard deviation over seeds, in points of 0 to 100. Held-out MRR ranks a pair's positive among its domain's; "
-        "the kit never chose anything. Made by `python scripts/ablation.py --report`.",
+        "what the kit chose, if anything, is in the log. Made by `python scripts/ablation.py --report`.",
         "",
         f"| {' | '.join(headings)} |",
         "|---" * len(headings) + "|",
@@ -202,10 +126,7 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
     is_baseline = arm.name == BASELINE
     loss = gains(runs, baseline, lambda run: run["curve"][-1]["loss"])
     kit, unseen = gains(runs, baseline, kit_macro), gains(runs, baseline, partial(kit_macro, names=UNSEEN))
-    parts = {}
-    if kit is not None and not is_baseline:
-        names = dict.fromkeys(name for run in runs.values() for name in kit_parts(run))
-        parts = {name: gains(runs, baseline, lambda run, n=name: kit_parts(run).get(n)) for name in names}
+    parts, sets = (_gains_by_name(runs, baseline, read) for read in (kit_parts, kit_sets))
     routing = some["curve"][-1]["routing"].values()
     cells = [
         arm.name,
@@ -221,9 +142,17 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         "" if is_baseline else _of_seeds(unseen, len(runs)),
         " ".join(f"{layer['max_vio_groups']:.2f}" for layer in routing),
         f"{np.mean([run['seconds'] for run in runs.values()]) / budget.steps:.3f}",
-        "" if is_baseline else verdict(kit, parts, len(budget.seeds)),
+        "" if is_baseline else verdict(kit, parts, sets, len(budget.seeds)),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _gains_by_name(
+    runs: dict[int, dict], baseline: dict[int, dict], read: Callable[[dict], dict[str, float]]
+) -> dict[str, Difference]:
+    names = dict.fromkeys(name for run in runs.values() for name in read(run))
+    found = {name: gains(runs, baseline, lambda run, n=name: read(run).get(n)) for name in names}
+    return {name: gain for name, gain in found.items() if gain is not None}
 
 
 def _mean_and_gain(read: Reader, runs: dict[int, dict], baseline: dict[int, dict]) -> tuple[str, str]:
