@@ -58,7 +58,7 @@ def test_what_is_due_is_the_grid_first_then_seeds_at_the_best_rate():
         (Difference(1.5, 0.1, 3), {"a": -0.4}, {}, "**yes**"),
         (Difference(0.9, 0.1, 3), {}, {}, "no: gain under +1.0"),
         (Difference(1.5, 0.8, 3), {}, {}, "no: within 2 sd"),
-        (Difference(1.5, 0.1, 3), {"a": 1.0, "b": -0.6, "c": -0.7}, {"b": -0.6}, "no: c -0.70 (sets: b -0.60)"),
+        (Difference(1.5, 0.1, 3), {"a": 1.0, "b": -0.6, "c": -0.7}, {"b": -0.6}, "no: c -0.70"),
         (Difference(1.5, 0.1, 3), {"b": -0.6}, {"b": -0.6}, "no: b -0.60"),
         (Difference(1.5, 0.1, 3), {"a": -0.1}, {"a1": -0.6, "a2": 0.4, "a3": -2.0}, "**yes** (sets: a3 -2.00, a1 -0.60)"),
     ],

@@ -80,9 +80,10 @@ def verdict(
     if gain.mean <= DEVIATIONS * gain.deviation:
         against.append(f"within {DEVIATIONS:g} sd")
     against += _lost(parts)[:1]
-    says = "no: " + ", ".join(against) if against else "**yes**"
-    lost = [loss for loss in _lost(sets) if loss not in against]
-    return f"{says} (sets: {', '.join(lost)})" if lost else says
+    if against:
+        return "no: " + ", ".join(against)
+    lost = _lost(sets)
+    return f"**yes** (sets: {', '.join(lost)})" if lost else "**yes**"
 
 
 def _lost(parts: Mapping[str, Difference]) -> list[str]:
