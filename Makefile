@@ -49,7 +49,7 @@ cards: $(READY) ## Rebuild model_cards/ from the committed results
 		--base-model sentence-transformers/all-MiniLM-L6-v2 --license apache-2.0 --training docs/results/first-run.yaml \
 		--data docs/results/first-run-data.json --evaluation docs/results/first-run-kit.json --benchmark docs/results/benchmark.json
 	$(BIN)/hagmoe card model_cards/all-MiniLM-L6-v2-hagmoe-languages/config.json model_cards/all-MiniLM-L6-v2-hagmoe-languages/README.md \
-		--base-model sentence-transformers/all-MiniLM-L6-v2 --license other --notes docs/results/languages-notes.md \
+		--base-model sentence-transformers/all-MiniLM-L6-v2 --license other --notes docs/results/languages-notes.txt \
 		--training docs/results/languages.yaml --data docs/results/languages-data.json \
 		--evaluation docs/results/languages-kit.json
 
