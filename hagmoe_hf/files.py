@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +25,11 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path).resolve()
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        _let_read_who_may_read(partial)
         try:
             os.replace(partial, target)  # replaces an empty folder, fails on any other
         except OSError:
@@ -103,6 +104,14 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     if not texts:
         raise ValueError(f"{path} holds no text; allowed: one text per line.")
     return texts
+
+
+def _let_read_who_may_read(folder: Path) -> None:
+    """Give files the folder's permissions, which follow the umask: safetensors writes some that only their owner can read."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | allowed)
 
 
 def _refuse_existing(target: Path) -> None:

@@ -147,12 +147,15 @@ def test_a_report_shows_every_contestant_it_has_a_figure_for(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_covers_every_size_and_resumes(tiny_parent, tmp_path, monkeypatch):
     """What the documentation says of larger mixtures comes from here, and an interrupted sweep goes on."""
-    for name, sizes in (("EXPERTS", (4, 8)), ("GROUPS", (1, 2)), ("LENGTHS", (8, 16)), ("BATCHES", (16,))):
+    chosen = {"EXPERTS": (4, 8), "GROUPS": (1, 2), "BLOCK_GROUPS": (2,), "LENGTHS": (8, 16), "BATCHES": (16,)}
+    for name, sizes in chosen.items():
         monkeypatch.setattr(sweeps, name, sizes)
     done = sweeps.sweep(tiny_parent, tmp_path, texts=TEXTS, rounds=1, command="sweep")
     assert {name: list(sizes) for name, sizes in done["sweeps"].items()} == {
         "experts": ["4", "8"],
         "groups": ["1", "2"],
+        "groups, one query": ["1", "2"],
+        "groups of whole blocks, one query": ["2"],
         "tokens per text": ["8", "16"],
         "texts per batch": ["16"],
     }

@@ -1,9 +1,12 @@
 """What appears whole or not at all."""
 
 import contextlib
+import os
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from hagmoe_hf.files import new_file, new_folder, write_figure, write_text
 
@@ -28,6 +31,20 @@ def test_a_folder_that_could_not_be_filled_leaves_nothing(tmp_path):
         (partial / "weights").write_text("half")
         raise RuntimeError
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0o002, 0o775, 0o664)])
+def test_others_may_read_a_model_where_the_umask_lets_them(umask, folder, file, tmp_path):
+    """A server often runs as another user than whoever trained; safetensors leaves weights to their owner alone."""
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "model") as partial:
+            (partial / "1_Dense").mkdir()
+            save_file({"weight": torch.zeros(1)}, partial / "1_Dense/model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == folder
+    assert (tmp_path / "model/1_Dense/model.safetensors").stat().st_mode & 0o777 == file
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

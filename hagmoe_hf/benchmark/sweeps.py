@@ -17,10 +17,12 @@ from .measure import earlier, interleave, machine, paired_ratio, spread
 
 EXPERTS = (4, 8, 16, 32, 64)  # in the default's four groups
 GROUPS = (1, 2, 4, 8)  # of the default's eight experts
+BLOCK_GROUPS = (1, 2)  # of two experts as large as the parent's blocks, in every layer, as where a language is preserved
 LENGTHS = (8, 16, 32, 64, 128, 256)  # tokens of every text
 BATCHES = (1, 4, 16, 64, 256)  # texts of mixed length
 NUM_TEXTS = 256
 BATCH_SIZE = 32
+QUERY_TOKENS = 16
 
 
 def sweep(
@@ -59,6 +61,8 @@ def sweep(
     sweeps: dict[str, Callable[..., dict[str, Any]]] = {
         "experts": partial(_sizes, changes=[{"num_experts": number} for number in EXPERTS]),
         "groups": partial(_sizes, changes=[{"n_group": number} for number in GROUPS]),
+        "groups, one query": partial(_sizes, changes=[{"n_group": number} for number in GROUPS], query=True),
+        "groups of whole blocks, one query": _whole_blocks_query,
         "tokens per text": _lengths,
         "texts per batch": _batches,
     }
@@ -76,10 +80,24 @@ def sweep(
     return report
 
 
-def _sizes(dense: Any, texts: list[str], rounds: int, changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    models = {"parent": dense} | {str(*change.values()): upcycle(dense, **change) for change in changes}
+def _sizes(
+    dense: Any, texts: list[str], rounds: int, changes: Sequence[dict[str, Any]], query: bool = False, **shape: Any
+) -> dict[str, Any]:
+    """What varies is the one option of each of `changes`; `shape` is what does not."""
+    models = {"parent": dense} | {str(*change.values()): upcycle(dense, **change, **shape) for change in changes}
+    if query:
+        texts, rounds = [workloads.query_of(dense.tokenizer, texts, QUERY_TOKENS)], 10 * rounds
     seconds = _seconds(models, texts, BATCH_SIZE, rounds)
     return {size: _beside(seconds["parent"], own) for size, own in seconds.items() if size != "parent"}
+
+
+def _whole_blocks_query(dense: Any, texts: list[str], rounds: int) -> dict[str, Any]:
+    shape = {
+        "num_experts": max(BLOCK_GROUPS),
+        "sparse_layers": list(range(sentence.encoder_of(dense).config.num_hidden_layers)),
+        "shared_expert_fraction": 0.0,
+    }
+    return _sizes(dense, texts, rounds, [{"n_group": number} for number in BLOCK_GROUPS], query=True, **shape)
 
 
 def _lengths(dense: Any, texts: list[str], rounds: int) -> dict[str, Any]:
