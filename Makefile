@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Two processes of one thread each: most of a test's time is Python's own. Files in their order: sorted by their number of tests,
 # the longest ones, of few tests, would come last, to one process alone
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo kit kit-baseline benchmark cards test test-all test-lowest wheel-test lint format docs clean

@@ -107,7 +107,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def _let_read_who_may_read(folder: Path) -> None:
-    """Give files the folder's permissions, which follow the umask: safetensors writes some that only their owner can read."""
+    """Give files the folder's permissions, which follow the umask: safetensors lets only their owner read some."""
     allowed = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():

@@ -81,7 +81,8 @@ def upcycle(
     num_experts: Annotated[
         int | None,
         typer.Option(
-            help="Routed experts per sparse layer, over all groups; by default 8, or one per group with --preserved-texts."
+            help="Routed experts per sparse layer, over all groups; by default 8, or with --preserved-texts as many "
+            "in each group as a token passes."
         ),
     ] = None,
     num_experts_per_tok: Annotated[int, typer.Option(help="Routed experts that each token passes.")] = 1,
