@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-# So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then
-FEW_TOKENS = range(12, 49)
+# So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then. Not on
+# processors with matrix units, although these take no part in float32 (docs/results/kernel-choices-amx.json).
+FEW_TOKENS = range(0) if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else range(12, 49)
 # Outside of float32 every shape that was not seen lately is prepared anew, so an expert's rows are rounded up (same file)
 ROUND_ROWS = 64
 
