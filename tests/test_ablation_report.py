@@ -79,9 +79,9 @@ def test_sets_of_the_same_texts_are_one_domain():
 
 
 def test_a_crossover_is_where_the_gain_stays_above_0():
-    assert crossover([(1, -1.0), (2, 0.5), (3, -0.1), (4, 0.2), (5, 0.3)]) == 4
-    assert crossover([(1, 0.1), (2, 0.2)]) is None
-    assert crossover([(1, 0.1), (2, -0.2)]) is None
+    assert crossover([(0, 0.0), (1, -1.0), (2, 0.5), (3, -0.1), (4, 0.2), (5, 0.3)]) == 4
+    assert crossover([(0, 0.0), (1, 0.1), (2, 0.2)]) is None
+    assert crossover([(0, 0.5), (1, 0.1), (2, -0.2)]) is None
 
 
 def test_tables_pair_runs_by_seed(tmp_path):
@@ -93,8 +93,8 @@ def test_tables_pair_runs_by_seed(tmp_path):
         done[results.run_name(HAG, 1e-4, seed)] = result(HAG, seed, luck + 0.02 + seed / 1000, kit=0.52 + luck + seed / 1000)
     dense, hag = (runs_of(arm, budget, done) for arm in (DENSE, HAG))
     pairs_seen, gain = zip(*curve_gains(hag, dense), strict=True)
-    assert pairs_seen == (75 * 48, 150 * 48)
-    assert gain == pytest.approx((1.05, 2.1))
+    assert pairs_seen == (0, 75 * 48, 150 * 48)
+    assert gain == pytest.approx((0, 1.05, 2.1))
     text = table(1, [DENSE, HAG], budget, done, {})
     row = next(line for line in text.splitlines() if line.startswith("| hag "))
     assert row.count("+2.10 ± 0.10") == 2

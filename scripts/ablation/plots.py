@@ -12,7 +12,7 @@ MARKERS, STYLES = "osD^vP*X<>", ("-", "--", ":", "-.")  # told apart in grey, to
 def gain_curves(
     curves: dict[str, list[tuple[int, float]]], crossovers: dict[str, int | None], title: str, path: Path
 ) -> None:
-    """Draw one line per arm, from 0 at the start; a crossover is a ring around its point.
+    """Draw one line per arm; a crossover is a ring around its point.
 
     Args:
         curves: Arm -> (pairs seen, gain over the dense parent).
@@ -24,7 +24,7 @@ def gain_curves(
     axis = figure.subplots()
     axis.axhline(0, color="0.4", linewidth=1)
     for number, (name, points) in enumerate(curves.items()):
-        pairs, gains = zip((0, 0.0), *points, strict=True)
+        pairs, gains = zip(*points, strict=True)
         colour = colormaps["cividis"](number / max(1, len(curves) - 1))
         style = STYLES[number % len(STYLES)]
         axis.plot(pairs, gains, style, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=name)

@@ -31,8 +31,9 @@ def crossover(points: list[tuple[int, float]]) -> int | None:
     """Pairs seen from which on a gain stays above 0, where it was at or below before; None where there is no such point.
 
     Args:
-        points: (pairs seen, gain), from the first point after the start.
+        points: (pairs seen, gain), the first one before any training: most arms have no gain there, and none fell behind.
     """
+    points = points[1:]
     last_not_above = max((place for place, (_, gain) in enumerate(points) if gain <= 0), default=None)
     if last_not_above is None or last_not_above == len(points) - 1:
         return None
@@ -71,21 +72,22 @@ def gains(runs: dict[int, dict], baseline: dict[int, dict], read: Reader) -> Dif
 
 
 def curve_gains(runs: dict[int, dict], baseline: dict[int, dict]) -> list[tuple[int, float]]:
-    """(pairs seen, mean gain of held-out macro MRR over common seeds) of every point after the start."""
-    points = range(1, min((len(run["curve"]) for seed, run in runs.items() if seed in baseline), default=0))
+    """(pairs seen, mean gain of held-out macro MRR over common seeds) of every point; a memory may be ahead at the start."""
+    points = range(min((len(run["curve"]) for seed, run in runs.items() if seed in baseline), default=0))
     found = {point: gains(runs, baseline, partial(held_out, point=point)) for point in points}
     pairs = next(iter(runs.values()))["curve"]
     return [(pairs[point]["pairs"], gain.mean) for point, gain in found.items() if gain is not None]
 
 
 def whole_curve(arm: Arm, budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> list[tuple[int, float]]:
-    """`curve_gains` of an arm over `BASELINE`, from the first pairs on, also where the runs go on from those of `before`."""
+    """`curve_gains` of an arm over `BASELINE`, from the start on, also where the runs go on from those of `before`."""
     runs, earlier = runs_of(arm, budget, done), []
     if before and not arm.branches:
         first = runs_of(arm, BUDGETS[budget.follows], before)
         runs_before = {seed: run for seed, run in first.items() if seed in runs}
         earlier = curve_gains(runs_before, runs_of(DENSE, BUDGETS[budget.follows], before))
-    return earlier + curve_gains(runs, runs_of(DENSE, budget, done))
+    own = curve_gains(runs, runs_of(DENSE, budget, done))
+    return earlier + own[1:] if earlier else own
 
 
 def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], before: dict[str, dict]) -> str:
