@@ -433,7 +433,7 @@ def test_a_budget_that_follows_goes_on_where_the_other_ended(prepared, tmp_path,
     text = (folder / "tiny-2/table1.md").read_text()
     assert "8 steps of 6 pairs, at most 16 tokens, after those of `tiny`" in text
     done, before = (results.read_results(folder / name) for name in ("tiny-2", "tiny"))
-    assert [pairs for pairs, _ in report.whole_curve(arms[1], then, done, before)] == [24, 48, 72, 96]
+    assert [pairs for pairs, _ in report.whole_curve(arms[1], then, done, before)] == [0, 24, 48, 72, 96]
 
 
 def test_a_branch_goes_on_from_the_dense_run(prepared, tmp_path, monkeypatch):
