@@ -136,7 +136,8 @@ def markdown(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
     lines = [
         f"Made by `{report['command']}` on {report['date']}: {report['processor']}, {report['threads']} threads, {versions}."
-        " `encode` of the mixture against its parent, in turn: median of the paired ratios, quartiles in brackets.",
+        " `encode` of the mixture against its parent, in turn: median of the paired ratios, quartiles in brackets."
+        f" One query has {QUERY_TOKENS} tokens.",
         "",
         "| what varies | size | times as fast as the parent |",
         "|---|---|---|",
