@@ -36,6 +36,7 @@ class Arm:
         memory: Most n-grams of the training pairs in an n-gram memory; 0 for none.
         memory_order: Tokens of the longest of them.
         memory_scale: How many times as fast as the learning rate the memory learns.
+        memory_rate: Factor on the memory's learning rate, beside that; its rows stay as they start where it is 0.
         fitted: Whether the memory starts from translations, by least squares.
         words: Whether it knows those of dictionaries, and starts from their translations, too; nothing is trained on them.
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
@@ -68,6 +69,7 @@ class Arm:
     memory: int = 0
     memory_order: int = 4
     memory_scale: float = 100.0
+    memory_rate: float = 1.0
     fitted: bool = False
     words: bool = False
     preserved: str = ""
@@ -329,6 +331,12 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             name="hag-words-interpolated",
             about="hag-words, its weights but for the memory left at three quarters of their way",
             interpolated=0.75,
+        ),
+        replace(
+            WORDS, name="hag-words-slow-memory", about="hag-words, its memory at a tenth of the rate", memory_rate=0.1
+        ),
+        replace(
+            WORDS, name="hag-words-held", about="hag-words, its memory stays as translations set it", memory_rate=0.0
         ),
         replace(DENSE, name="dense-interpolated", about="the same of the dense parent", interpolated=0.75),
         replace(

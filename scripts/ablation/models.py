@@ -149,7 +149,7 @@ def parameter_groups(model: nn.Module, arm: Arm) -> list[dict]:
         "experts": arm.expert_rate,
         "router": arm.router_rate,
         "embeddings": arm.embedding_rate,
-        "memory": 1.0,
+        "memory": arm.memory_rate,
     }
     for kind, params in groups.items():
         for parameter in params if not factors[kind] else ():
