@@ -79,6 +79,7 @@ class Arm:
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
+DENSE_TWICE = replace(DENSE, name="dense-x2", about="the same at twice the rate", shared_rate=2.0)
 WIDE = Arm(
     "dense-wide", "the parent widened to the mixture's total parameters: an upper control, at more FLOPs", kind="wide"
 )
@@ -268,7 +269,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     # An English parent learns other languages
     6: (
         DENSE,
-        replace(DENSE, name="dense-x2", about="the same at twice the rate", shared_rate=2.0),
+        DENSE_TWICE,
         LANGUAGES,
         replace(
             LANGUAGES,
@@ -295,6 +296,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     # The same with a memory that starts from translations
     7: (
         DENSE,
+        DENSE_TWICE,
         replace(
             DENSE,
             name="dense-embeddings",
@@ -332,12 +334,8 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             about="hag-words, its weights but for the memory left at three quarters of their way",
             interpolated=0.75,
         ),
-        replace(
-            WORDS, name="hag-words-slow-memory", about="hag-words, its memory at a tenth of the rate", memory_rate=0.1
-        ),
-        replace(
-            WORDS, name="hag-words-held", about="hag-words, its memory stays as translations set it", memory_rate=0.0
-        ),
+        replace(WORDS, name="hag-words-slow-memory", about="hag-words, its memory at a tenth of the rate", memory_rate=0.1),
+        replace(WORDS, name="hag-words-held", about="hag-words, its memory stays as translations set it", memory_rate=0.0),
         replace(DENSE, name="dense-interpolated", about="the same of the dense parent", interpolated=0.75),
         replace(
             MEMORY_WORDS,
