@@ -78,10 +78,11 @@ def test_sets_of_the_same_texts_are_one_domain():
     assert kit_parts({"kit": None}) == {}
 
 
-def test_a_crossover_is_where_the_gain_stays_above_0():
-    assert crossover([(0, 0.0), (1, -1.0), (2, 0.5), (3, -0.1), (4, 0.2), (5, 0.3)]) == 4
+def test_a_crossover_is_where_the_gain_takes_the_side_on_which_it_ends():
+    assert crossover([(0, 0.0), (1, -1.0), (2, 0.5), (3, -0.1), (4, 0.2), (5, 0.3)]) == (4, True)
     assert crossover([(0, 0.0), (1, 0.1), (2, 0.2)]) is None
-    assert crossover([(0, 0.5), (1, 0.1), (2, -0.2)]) is None
+    assert crossover([(0, 0.5), (1, 0.1), (2, -0.2)]) == (2, False)
+    assert crossover([(0, 0.0)]) is None
 
 
 def test_tables_pair_runs_by_seed(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures of what the report computed: gains against pairs seen, and by domain."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -9,14 +10,21 @@ from matplotlib.figure import Figure
 MARKERS, STYLES = "osD^vP*X<>", ("-", "--", ":", "-.")  # told apart in grey, too
 
 
+class Crossover(NamedTuple):
+    """Where an arm passes the dense parent, or falls behind it, for good."""
+
+    pairs: int  # seen until then
+    is_ahead: bool
+
+
 def gain_curves(
-    curves: dict[str, list[tuple[int, float]]], crossovers: dict[str, int | None], title: str, path: Path
+    curves: dict[str, list[tuple[int, float]]], crossovers: dict[str, Crossover | None], title: str, path: Path
 ) -> None:
-    """Draw one line per arm; a crossover is a ring around its point.
+    """Draw one line per arm; a crossover is a ring around its point, or a square where the arm falls behind.
 
     Args:
         curves: Arm -> (pairs seen, gain over the dense parent).
-        crossovers: Arm -> pairs seen from which on the gain stays above 0.
+        crossovers: Arm -> its crossover, if there is one.
         title: Of the picture.
         path: The PNG to make.
     """
@@ -28,9 +36,11 @@ def gain_curves(
         colour = colormaps["cividis"](number / max(1, len(curves) - 1))
         style = STYLES[number % len(STYLES)]
         axis.plot(pairs, gains, style, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=name)
-        if crossovers[name] is not None:
-            axis.plot(crossovers[name], dict(points)[crossovers[name]], "o", color=colour, markersize=13, fillstyle="none")
-    axis.set_xlabel("pairs seen (a ring marks where an arm passes the dense parent for good)", fontsize=9)
+        if cross := crossovers[name]:
+            ring = "o" if cross.is_ahead else "s"
+            axis.plot(cross.pairs, dict(points)[cross.pairs], ring, color=colour, markersize=13, fillstyle="none")
+    marks = "a ring marks where an arm passes the dense parent for good, a square where it falls behind"
+    axis.set_xlabel(f"pairs seen ({marks})", fontsize=9)
     axis.set_ylabel("gain over the equally trained dense parent\n(held-out macro MRR, points)", fontsize=9)
     axis.set_title(title, fontsize=11)
     axis.tick_params(labelsize=8)

@@ -13,7 +13,7 @@ import numpy as np
 from ablation.arms import DENSE, TABLES, Arm
 from ablation.budgets import BUDGETS, Budget
 from ablation.goal import UNSEEN, Difference, difference, kit_macro, kit_parts, kit_sets, verdict
-from ablation.plots import gain_curves, group_bars
+from ablation.plots import Crossover, gain_curves, group_bars
 from ablation.results import best_rate, held_out, read_results, run_name
 from hagmoe_hf.files import write_text
 
@@ -27,17 +27,15 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def crossover(points: list[tuple[int, float]]) -> int | None:
-    """Pairs seen from which on a gain stays above 0, where it was at or below before; None where there is no such point.
+def crossover(points: list[tuple[int, float]]) -> Crossover | None:
+    """Where a gain takes the side of 0 on which it ends; None where it was never on the other.
 
     Args:
         points: (pairs seen, gain), the first one before any training: most arms have no gain there, and none fell behind.
     """
-    points = points[1:]
-    last_not_above = max((place for place, (_, gain) in enumerate(points) if gain <= 0), default=None)
-    if last_not_above is None or last_not_above == len(points) - 1:
-        return None
-    return points[last_not_above + 1][0]
+    learned = points[1:]
+    other = [place for place, (_, gain) in enumerate(learned) if (gain > 0) != (learned[-1][1] > 0)]
+    return Crossover(learned[other[-1] + 1][0], learned[-1][1] > 0) if other else None
 
 
 def write_reports(results: Path) -> list[Path]:
@@ -123,7 +121,7 @@ def table(number: int, arms: list[Arm], budget: Budget, done: dict[str, dict], b
     return "\n".join(lines) + "\n"
 
 
-def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Budget, cross: int | None) -> str:
+def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Budget, cross: Crossover | None) -> str:
     some = next(iter(runs.values()))
     is_baseline = arm.name == BASELINE
     loss = gains(runs, baseline, lambda run: run["curve"][-1]["loss"])
@@ -137,7 +135,7 @@ def _row(arm: Arm, runs: dict[int, dict], baseline: dict[int, dict], budget: Bud
         f"{some['parameters']['active'] / 1e6:.1f}",
         f"{some['parameters']['total'] / 1e6:.1f}",
         *_mean_and_gain(held_out, runs, baseline),
-        f"{cross:,}" if cross else "",
+        f"{cross.pairs:,}{'' if cross.is_ahead else ' (behind)'}" if cross else "",
         "" if is_baseline or loss is None else f"{loss:.4f}",
         *(_mean_and_gain(partial(held_out, left_out=True), runs, baseline) if budget.left_out else ()),
         *_mean_and_gain(kit_macro, runs, baseline),
