@@ -18,6 +18,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 # So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then. Not on
 # processors with matrix units, although these take no part in float32 (docs/results/kernel-choices-amx.json).
 FEW_TOKENS = range(0) if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else range(12, 49)
+# Nor on a single thread: what is gained is that threads share the rows of the weight, of which there are many
+# (docs/results/kernel-choices-avx2.json)
+FEWEST_THREADS = 2
 # Outside of float32 every shape that was not seen lately is prepared anew, so an expert's rows are rounded up (same file)
 ROUND_ROWS = 64
 
@@ -35,7 +38,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, feeds_linear:
     Returns:
         (..., N).
     """
-    if not is_plain_inference(states, weight) or states.numel() // states.shape[-1] not in FEW_TOKENS:
+    if not is_plain_inference(states, weight) or not _turns_around(states.numel() // states.shape[-1]):
         return F.linear(states, weight, bias)
     states_DT = states.reshape(-1, states.shape[-1]).t()
     product_NT = weight @ states_DT
@@ -45,6 +48,10 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None, *, feeds_linear:
         product_TN = states.new_empty(product_NT.shape[::-1])
         product_TN = product_TN.copy_(product_NT.t()) if bias is None else torch.add(product_NT.t(), bias, out=product_TN)
     return product_TN.view(*states.shape[:-1], -1)
+
+
+def _turns_around(tokens: int) -> bool:
+    return tokens in FEW_TOKENS and torch.get_num_threads() >= FEWEST_THREADS
 
 
 def activate(act_fn: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Measure on this machine what three constants of the CPU kernels stand on, each way against the plain one, in turns.
+"""Measure on this machine what four constants of the CPU kernels stand on, each way against the plain one, in turns.
 
     python scripts/kernel_choices.py docs/results/kernel-choices.json
 
-- `FEW_TOKENS` (kernels_hagmoe.py): for how many tokens `weight @ states.T` beats `states @ weight.T`, at MiniLM's shapes.
+- `FEW_TOKENS`, `FEWEST_THREADS` (kernels_hagmoe.py): for how many tokens `weight @ states.T` beats `states @ weight.T`, at
+  MiniLM's shapes, and on how many threads.
 - `MOST_REAL` (modeling_hagmoe.py): from which share of real tokens on leaving padding out of a batch costs more than it
   saves, on the upcycled all-MiniLM-L6-v2.
 - `ROUND_ROWS` (kernels_hagmoe.py): to which multiple an expert's rows are rounded up outside of float32, where every shape
@@ -96,8 +97,10 @@ def rounded_rows(rounds: int) -> dict[str, dict[str, float]]:
     return {name: paired_ratio(seconds[name], seconds["1"]) for name in ways if name != "1"}
 
 
-def whole_query(rounds: int) -> dict[str, dict[str, float]]:
-    """How many times as fast one text is with products turned around, by its number of tokens."""
+def whole_query(rounds: int, threads: int) -> dict[str, dict[str, float]]:
+    """How many times as fast one text is on so many threads with products turned around, by its number of tokens."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     encoder = sentence.encoder_of(upcycle(str(parent_folder()))).eval()
     found = {}
     for tokens in tqdm([tokens for tokens in TOKENS if tokens > 2], desc="queries"):
@@ -105,15 +108,17 @@ def whole_query(rounds: int) -> dict[str, dict[str, float]]:
         ways = {"plain": partial(_turning, range(0), run), "turned": partial(_turning, range(1, tokens + 1), run)}
         seconds = interleave(ways, 10 * rounds, warm_up=5)
         found[str(tokens)] = paired_ratio(seconds["turned"], seconds["plain"])
+    torch.set_num_threads(before)
     return found
 
 
 def _turning(few_tokens: range, run: Callable[[], Any]) -> Any:
-    before, kernels_hagmoe.FEW_TOKENS = kernels_hagmoe.FEW_TOKENS, few_tokens
+    before = kernels_hagmoe.FEW_TOKENS, kernels_hagmoe.FEWEST_THREADS
+    kernels_hagmoe.FEW_TOKENS, kernels_hagmoe.FEWEST_THREADS = few_tokens, 1
     try:
         return run()
     finally:
-        kernels_hagmoe.FEW_TOKENS = before
+        kernels_hagmoe.FEW_TOKENS, kernels_hagmoe.FEWEST_THREADS = before
 
 
 def _at(most_real: float, run: Callable[[], object]) -> None:
@@ -140,11 +145,13 @@ def main() -> None:
         **machine(),
         "constants": {
             "FEW_TOKENS": [kernels_hagmoe.FEW_TOKENS.start, kernels_hagmoe.FEW_TOKENS.stop],
+            "FEWEST_THREADS": kernels_hagmoe.FEWEST_THREADS,
             "MOST_REAL": modeling_hagmoe.MOST_REAL,
             "ROUND_ROWS": kernels_hagmoe.ROUND_ROWS,
         },
         "times as fast turned around, by tokens": turned_around(args.rounds),
-        "times as fast turned around, one query, by tokens": whole_query(args.rounds),
+        "times as fast turned around, one query, by tokens": whole_query(args.rounds, args.threads),
+        "times as fast turned around, one query on one thread, by tokens": whole_query(args.rounds, 1),
         "times as fast without padding, by share of real tokens": padding_left_out(args.rounds),
         "times as fast in bfloat16, by the multiple of rows": rounded_rows(args.rounds),
     }

@@ -29,6 +29,7 @@ def batch(mask: list[list[int]], seed: int = 0) -> dict[str, torch.Tensor]:
 def test_a_product_turned_around_is_the_same_product(shape, feeds_linear, has_bias, monkeypatch):
     """A query must not get another vector than the same text inside a corpus."""
     monkeypatch.setattr(kernels_hagmoe, "FEW_TOKENS", range(12, 19))
+    monkeypatch.setattr(kernels_hagmoe, "FEWEST_THREADS", 1)
     generator = torch.Generator().manual_seed(0)
     states, weight = torch.randn(*shape, 24, generator=generator), torch.randn(40, 24, generator=generator)
     bias = torch.randn(40, generator=generator) if has_bias else None
@@ -37,6 +38,14 @@ def test_a_product_turned_around_is_the_same_product(shape, feeds_linear, has_bi
     assert got.shape == (*shape, 40)
     assert torch.allclose(got, F.linear(states, weight, bias), atol=1e-5)
     assert got.is_contiguous() != (feeds_linear and shape[0] * shape[1] in kernels_hagmoe.FEW_TOKENS), "transposed in memory"
+
+
+@torch.no_grad()
+def test_a_single_thread_turns_no_product_around(monkeypatch):
+    monkeypatch.setattr(kernels_hagmoe, "FEW_TOKENS", range(12, 19))
+    for fewest, is_plain in ((1, False), (torch.get_num_threads() + 1, True)):
+        monkeypatch.setattr(kernels_hagmoe, "FEWEST_THREADS", fewest)
+        assert linear(torch.randn(12, 24), torch.randn(40, 24), None, feeds_linear=True).is_contiguous() == is_plain
 
 
 def test_with_gradients_a_product_is_the_plain_one():
