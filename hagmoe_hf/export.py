@@ -54,7 +54,7 @@ class Check:
         smallest_cosine: Of any text's mean state.
         texts: How many were compared.
         shapes: (B, L) of every batch.
-        fewest_experts: The fewest experts that a batch used in a sparse layer: all others were empty.
+        fewest_experts: The fewest experts that a batch used in a sparse layer: all others were empty. 0 without such layers.
     """
 
     largest_difference: float
@@ -421,14 +421,14 @@ def compare(encoder: HagMoeModel, run: Callable[..., Any], batches: Sequence[dic
         differences.append(float((states - expected_states).abs().max()))
         cosines.append(float(F.cosine_similarity(states.sum(1), expected_states.sum(1)).min()))
         real = mask.flatten().bool()
-        experts += [len(index[real].unique()) for index in expected.expert_index]
+        experts += [len(index[real].unique()) for index in expected.expert_index or ()]
     encoder.train(was_training)
     return Check(
         largest_difference=max(differences),
         smallest_cosine=min(cosines),
         texts=sum(len(batch["input_ids"]) for batch in batches),
         shapes=tuple((batch["input_ids"].shape[0], batch["input_ids"].shape[1]) for batch in batches),
-        fewest_experts=min(experts),
+        fewest_experts=min(experts, default=0),
     )
 
 

@@ -15,18 +15,19 @@ def states(model):
 
 
 @pytest.mark.parametrize("targets", [["experts"], ["router"], ["experts", "router"]])
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_adapters_begin_as_nothing_learn_and_merge_into_the_weights(targets, implementation):
+@pytest.mark.parametrize(("implementation", "is_gated"), [("eager", False), ("grouped_mm", True)])
+def test_adapters_begin_as_nothing_learn_and_merge_into_the_weights(targets, implementation, is_gated):
     """Someone fine-tunes with little memory, and ships a model that needs no PEFT."""
     torch.manual_seed(0)
-    model = spread(HagMoeModel(tiny_config()))
+    model = spread(HagMoeModel(tiny_config(gated_mlp=is_gated)))
     model.set_experts_implementation(implementation)
     before, names = states(model), list(model.state_dict())
     add_lora(model, 2, 4.0, targets)
     assert torch.equal(states(model), before)
 
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained
+    stacks = 2 * 2 * len(model.config.sparse_layers)  # what enters and what leaves the experts, A and B
+    assert sum(".experts." in name for name in trained) == (stacks if "experts" in targets else 0)
     assert all("lora_" in name for name in trained)
     assert {"experts": "router", "router": "experts"}.get("".join(targets), "neither") not in " ".join(trained)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)

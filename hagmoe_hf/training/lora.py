@@ -5,7 +5,6 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-EXPERT_PARAMETERS = ("mlp.experts.up_proj", "mlp.experts.down_proj")  # stacked 3-D parameters, not modules
 GATES = r".*\.router\.(group_gate|expert_gate)"
 
 
@@ -28,11 +27,13 @@ def add_lora(encoder: PreTrainedModel, rank: int, alpha: float, targets: Sequenc
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("LoRA needs PEFT: pip install hagmoe_hf[train]") from error
+    first = "gate_up_proj" if encoder.config.gated_mlp else "up_proj"
+    stacks = [f"mlp.experts.{first}", "mlp.experts.down_proj"]  # 3-D parameters, not modules
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it by r, any number will do
         target_modules=GATES if "router" in targets else [],
-        target_parameters=list(EXPERT_PARAMETERS) if "experts" in targets else None,
+        target_parameters=stacks if "experts" in targets else None,
     )
     encoder.add_adapter(config)
 
