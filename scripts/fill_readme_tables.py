@@ -122,21 +122,26 @@ def gpu() -> str:
     if not path.exists():
         return f"Not checked on a GPU yet: {command} does it in one call."
     result = json.loads(path.read_text(encoding="utf-8"))
-    rows = ["| attention | dtype | padded against sdpa | packed against padded |", "|---|---|---|---|"]
+    columns = ("padded against sdpa", "packed against padded", "largest state")
+    rows = [f"| attention | dtype | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for dtype in ("float32", "bfloat16"):
-        for attention, row in result[f"attention {dtype}"].items():
-            values = [
-                row.get("did not run") or f"{row[key]:.1e}" for key in ("padded against sdpa", "packed against padded")
-            ]
+        for attention, row in result.get(f"attention {dtype}", {}).items():
+            values = [row.get("did not run") or f"{row[key]:.1e}" for key in columns]
             rows.append(f"| {attention} | {dtype} | {' | '.join(values)} |")
+    experts = {dtype: result.get(f"grouped_mm against eager {dtype}", {}) for dtype in ("float32", "bfloat16")}
+    differences = [
+        f"{row['largest difference']:.1e} of {row['largest output']:.1e} in {dtype}"
+        for dtype, row in experts.items()
+        if "largest difference" in row
+    ]
     stale = (
         ""
         if result["code"] == model_code_hash()
         else f" **Stale**: the model's code has changed since; run {command} again."
     )
-    rows.append(
-        f"\n{result['machine']}; upcycled against parent {result['exactness float32']:.1e}; {result['date']}.{stale}"
-    )
+    exact = f"upcycled against parent {result['exactness float32']:.1e}"
+    grouped = f"grouped_mm against the eager loop, in one layer: {', '.join(differences) or 'not run'}"
+    rows.append(f"\n{result['machine']}; {exact}; {grouped}; {result['date']}.{stale}")
     return "\n".join(rows)
 
 
@@ -147,8 +152,6 @@ def gpu_speed() -> str:
         return f"Not measured on a GPU yet: {command} does it in one call."
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| on a GPU | contestant | times as fast as the parent |", "|---|---|---|"]
-    waits = result["measured"].get("what makes the host wait", {})
-    waits = {} if "did not run" in waits else waits
     for workload, measured in result["measured"].items():
         if "did not run" in measured:
             rows.append(f"| {workload} | all | did not run: {measured['did not run']} |")
@@ -156,8 +159,13 @@ def gpu_speed() -> str:
             cell = f"{ratio['median']:.2f} [{ratio['lower quartile']:.2f}, {ratio['upper quartile']:.2f}]"
             rows.append(f"| {workload} | {name} | {cell} |")
     stale = "" if result["code"] == model_code_hash() else f" **Stale**: the model's code has changed since; run {command}."
-    counts = ", ".join(f"{name} {sum(places.values())}" for name, places in waits.items())
-    rows.append(f"\nWaits of the host in one forward pass: {counts or 'not counted'}.")
+    counts = [
+        f"{name} {sum(places.values())} ({dtype})"
+        for dtype in ("bfloat16", "float32")
+        for name, places in result["measured"].get(f"what makes the host wait, {dtype}", {}).items()
+        if name != "did not run"
+    ]
+    rows.append(f"\nWaits of the host in one forward pass: {', '.join(counts) or 'not counted'}.")
     rows.append(f"{result['machine']}; {result['date']}.{stale}")
     return "\n".join(rows)
 

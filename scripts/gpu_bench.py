@@ -1,17 +1,24 @@
-"""Check and time everything on a GPU in one call of a few minutes: `gpu_checks.py`, then speed in bfloat16 and float32.
+"""Check and time everything on a GPU in one call of a few minutes: `gpu_checks.py`, and speed in bfloat16 and float32.
 
     python scripts/gpu_bench.py docs/results
 
-Writes `gpu-checks.json` and `gpu-bench.json` into the folder, the second as it goes: a call that is cut short keeps what it
-measured, and the next one goes on. No network; the parent is the packaged all-MiniLM-L6-v2 (or `--parent FOLDER`).
-`--device cpu` tries the script itself. Figures carry a hash of the model's code, by which `fill_readme_tables.py` tells when
-they are stale.
+Writes `gpu-checks.json` and `gpu-bench.json` into the folder, as it goes: a call that is cut short keeps what it measured,
+and the next one into the same folder goes on. No network; the parent is the packaged all-MiniLM-L6-v2, or `--parent FOLDER`,
+in float32 whatever it was saved in. After `--minutes` nothing new is begun. `--device cpu` tries the script itself. Figures
+carry a hash of the model's code: `fill_readme_tables.py`, which puts them into the README, says when they are stale.
+
+Where the GPU is another machine, take a smaller copy of the parent there:
+
+    python scripts/gpu_bench.py --halve build/half-parent
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -20,9 +27,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where a GPU is, the package need not be installed
+
 import torch
 from fill_readme_tables import model_code_hash
-from gpu_checks import check
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from hagmoe_hf import sentence, upcycle
@@ -34,6 +42,8 @@ from hagmoe_hf.files import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES, ROUNDS = (32, 128, 512), 20
+CHECKS = "checks"
+CHECK_SECONDS = 240  # a check that hangs, or that takes the device with it, must not cost the measurements
 
 
 def synchronised(function: Callable[[], object], device: str) -> Callable[[], None]:
@@ -99,7 +109,7 @@ def training_step(model, texts: list[str], device: str) -> Callable[[], None]:
 
 def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], object]]:
     """Every measurement, by name."""
-    parent = sentence.load(parent_name, device=device)
+    parent = sentence.load(parent_name, device=device, model_kwargs={"dtype": torch.float32})
     models = {"parent": parent, "mixture": upcycle(parent).to(device), "nomic design": nomic_design(parent_name).to(device)}
     texts = shuffled(read_corpus()[0])
     is_cuda = device.startswith("cuda")
@@ -122,7 +132,11 @@ def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], 
             functions[name] = partial(forward, encoder, batch)
             graph = torch.compile(encoder, mode="reduce-overhead", fullgraph=True)  # on a GPU, a CUDA graph
             functions[f"{name}, compiled"] = partial(forward, graph, batch)
-        return timed(functions, device, 5 * rounds)
+        states = {name: function().float().clone() for name, function in functions.items()}
+        differences = {name: float((states[f"{name}, compiled"] - states[name]).abs().max()) for name in models}
+        result = timed(functions, device, 5 * rounds)
+        skipped = dict(torch._dynamo.utils.counters["inductor"]).get("cudagraph_skips", 0)
+        return result | {"compiled against eager": differences, "CUDA graphs skipped": skipped}
 
     def queries(dtype: torch.dtype) -> dict[str, tuple]:
         batch = parent.tokenizer([query_of(parent.tokenizer, texts, 16)], return_tensors="pt").to(device)
@@ -150,13 +164,14 @@ def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], 
             found[name] = torch.cuda.max_memory_allocated() - before
         return found
 
-    def waiting() -> dict[str, dict[str, int]]:
+    def waiting(dtype: torch.dtype) -> dict[str, dict[str, int]]:
         batch = parent.tokenizer(texts[:32], padding=True, truncation=True, return_tensors="pt").to(device)
-        functions = in_dtype(torch.bfloat16) if is_cuda else {}
+        functions = in_dtype(dtype) if is_cuda else {}
         return {name: waits_for_the_device(encoder, batch) for name, encoder in functions.items()}
 
-    found: dict[str, Callable[[], object]] = {"what makes the host wait": waiting}
+    found: dict[str, Callable[[], object]] = {}
     for name, dtype in DTYPES.items():
+        found[f"what makes the host wait, {name}"] = partial(waiting, dtype)
         for size in BATCHES:
             found[f"forward, {size} padded texts, {name}"] = partial(encoders, size, dtype)
         found[f"encode, {len(texts)} texts, {name}"] = partial(encode, dtype)
@@ -167,6 +182,21 @@ def tasks(parent_name: str, device: str, rounds: int) -> dict[str, Callable[[], 
     return found | {"one query of 16 tokens, compiled, bfloat16": partial(compiled_query, torch.bfloat16)}
 
 
+def halve(parent_name: str, folder: Path) -> None:
+    """Save a parent in half precision: half the size, and other vectors than its own by that rounding."""
+    sentence.load(parent_name, device="cpu", model_kwargs={"dtype": torch.float16}).save(
+        str(folder), create_model_card=False
+    )
+
+
+def run_checks(path: Path, parent_name: str, device: str) -> dict[str, float]:
+    """`gpu_checks.py` in a process of its own."""
+    words = [str(Path(__file__).with_name("gpu_checks.py")), str(path), "--parent", parent_name, "--device", device]
+    start = time.monotonic()
+    subprocess.run([sys.executable, *words], check=True, timeout=CHECK_SECONDS, stdout=subprocess.DEVNULL)
+    return {"took seconds": time.monotonic() - start}
+
+
 def write(path: Path, result: dict) -> None:
     """Replace `path` at once."""
     write_text(path, json.dumps(result, indent=1) + "\n")
@@ -175,39 +205,48 @@ def write(path: Path, result: dict) -> None:
 def main() -> None:
     """Check, time, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder for the two JSON files")
+    parser.add_argument("output", type=Path, help="folder for the two JSON files; with --halve, for the parent")
     parser.add_argument("--parent", type=Path, default=None)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--halve", action="store_true", help="save the parent in half precision, and no more")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     parent_name = str(args.parent or parent_folder())
+    if args.halve:
+        return halve(parent_name, args.output)
+    deadline = time.monotonic() + 60 * args.minutes
+    args.output.mkdir(parents=True, exist_ok=True)
     words = [f"--parent {args.parent}"] if args.parent else []
     command = " ".join([f"python scripts/gpu_bench.py {args.output} --device {args.device}", *words])
     header = {
         "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "code": model_code_hash(),
+        "rounds": args.rounds,
     }
     path = args.output / "gpu-bench.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     goes_on = all(earlier.get(key) == value for key, value in header.items())
     result = earlier if goes_on else {"date": date.today().isoformat(), "command": command, **header, "measured": {}}
-    checks = args.output / "gpu-checks.json"
-    if not (goes_on and checks.exists()):
-        write(checks, check(parent_name, args.device, command))
-    for name, task in tasks(parent_name, args.device, args.rounds).items():
+    *measurements, (compiled, last) = tasks(parent_name, args.device, args.rounds).items()
+    checks = partial(run_checks, args.output / "gpu-checks.json", parent_name, args.device)
+    for name, task in [*measurements, (CHECKS, checks), (compiled, last)]:
         if "did not run" not in result["measured"].get(name, {"did not run": ""}):
             continue
+        if time.monotonic() > deadline:
+            print(f"{args.minutes:g} minutes are over: the next call goes on with {name!r}", flush=True)
+            break
         try:
             result["measured"][name] = task()
         except Exception as error:  # one measurement that a machine cannot do must not cost the others
             result["measured"][name] = {"did not run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         write(path, result)
         print(name, json.dumps(result["measured"][name])[:300], flush=True)
+    return None
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         main()

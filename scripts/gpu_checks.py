@@ -2,17 +2,24 @@
 
     python scripts/gpu_checks.py docs/results/gpu-checks.json
 
-One call, a few minutes, no network; the parent is the packaged all-MiniLM-L6-v2 (or `--parent FOLDER`). `--device cpu` tries
-the script itself. What cannot run here (no flash attention, say) is written down as such, not left out. The result carries a
-hash of the model's code, by which `fill_readme_tables.py` tells when it is stale.
+One call, a few minutes, no network; the parent is the packaged all-MiniLM-L6-v2 (or `--parent FOLDER`), in float32 whatever
+it was saved in. `--device cpu` tries the script itself. What cannot run here (no flash attention, say) is written down as
+such, not left out; each check is written as it ends. Behind the first, experts are moved apart by noise: equal ones would
+hide a token at the wrong one. The result carries a hash of the model's code, by which `fill_readme_tables.py` tells when it
+is stale.
 """
 
 import argparse
 import json
+import sys
 import tempfile
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where a GPU is, the package need not be installed
 
 import torch
 from fill_readme_tables import model_code_hash
@@ -22,8 +29,9 @@ from hagmoe_hf import HagMoeModel, sentence, upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
 from hagmoe_hf.files import write_text
 
-ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")  # the last compiles its own kernels
 TEXTS = 64
+NOISE = 0.2  # of experts moved apart, against the spread of their weights
 
 
 @torch.inference_mode()
@@ -42,45 +50,56 @@ def packed_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     return model(**batch).last_hidden_state[0].float()
 
 
-def attention_checks(folder: str, tokenizer, texts: list[str], device: str, dtype: torch.dtype) -> dict[str, dict]:
-    """For every attention function: padded against sdpa in the same dtype, and packed against padded."""
+def attention_check(folder: str, tokenizer, texts: list[str], device: str, dtype: torch.dtype, attention: str) -> dict:
+    """An attention function: padded against sdpa in the same dtype, and packed against padded."""
     batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-    reference = padded_states(HagMoeModel.from_pretrained(folder, dtype=dtype).to(device).eval(), batch)
-    rows: dict[str, dict] = {}
-    for attention in ATTENTION:
-        try:
-            model = HagMoeModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention, device_map=device).eval()
-            padded = padded_states(model, batch)
-            packed = packed_states(model, tokenizer, texts)
-        except Exception as error:  # what one attention function cannot do must not cost the others
-            rows[attention] = {"did not run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            continue
-        rows[attention] = {
-            "padded against sdpa": float((padded - reference).abs().max()),
-            "packed against padded": float((packed - padded).abs().max()),
-            "largest state": float(reference.abs().max()),
-        }
-    return rows
+    load = partial(HagMoeModel.from_pretrained, folder, dtype=dtype)
+    reference = padded_states(load(attn_implementation="sdpa").to(device).eval(), batch)
+    model = load(attn_implementation=attention).to(device).eval()
+    padded = padded_states(model, batch)
+    packed = packed_states(model, tokenizer, texts)
+    return {
+        "padded against sdpa": float((padded - reference).abs().max()),
+        "packed against padded": float((packed - padded).abs().max()),
+        "largest state": float(reference.abs().max()),
+    }
 
 
 @torch.inference_mode()
-def experts_check(folder: str, tokenizer, texts: list[str], device: str, dtype: torch.dtype) -> float | str:
-    """Largest difference of grouped_mm and the eager loop, or why there is none."""
-    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+def experts_check(folder: str, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """grouped_mm against the eager loop, on one layer's experts: tokens of all experts but the last, and padding."""
     model = HagMoeModel.from_pretrained(folder, dtype=dtype).to(device).eval()
-    try:
-        grouped = padded_states(model, batch)
-    except RuntimeError as error:
-        return f"did not run: {error}".splitlines()[0][:200]
-    model.set_experts_implementation("eager")
-    return float((padded_states(model, batch) - grouped).abs().max())
+    experts = model.layers[model.config.sparse_layers[0]].mlp.experts
+    count = model.config.num_experts
+    index = (torch.arange(96, device=device) % count).unsqueeze(1)
+    index[index == count - 1] = count  # nobody's: padding
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(len(index), model.config.hidden_size, generator=generator).to(device, dtype)
+    weights = (index < count).to(dtype)
+    outputs = []
+    for implementation in ("grouped_mm", "eager"):
+        model.set_experts_implementation(implementation)
+        outputs.append(experts(states, index, weights).float())
+    return {
+        "largest difference": float((outputs[0] - outputs[1]).abs().max()),
+        "largest output": float(outputs[1].abs().max()),
+    }
 
 
-def check(parent_name: str, device: str, command: str) -> dict:
-    """Every check, as one result."""
+@torch.no_grad()
+def move_apart(encoder: HagMoeModel) -> None:
+    """Give every expert weights of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for name, stack in encoder.named_parameters():
+        if ".experts." in name:
+            stack += (NOISE * stack.std() * torch.randn(stack.shape, generator=generator).to(stack.device)).to(stack.dtype)
+
+
+def check(parent_name: str, device: str, command: str, path: Path) -> dict:
+    """Every check, as one result, in `path` as it grows."""
     torch.backends.cuda.matmul.allow_tf32 = False
     texts = [text for text in read_corpus()[0] if text.strip()][::8][:TEXTS]
-    parent = sentence.load(parent_name, device=device)
+    parent = sentence.load(parent_name, device=device, model_kwargs={"dtype": torch.float32})
     mixture = upcycle(parent)
     vectors = [model.encode(texts, convert_to_tensor=True).float() for model in (parent, mixture)]
     result: dict = {
@@ -92,12 +111,28 @@ def check(parent_name: str, device: str, command: str) -> dict:
         "texts": len(texts),
         "exactness float32": float((vectors[0] - vectors[1]).abs().max()),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        mixture[0].model.save_pretrained(folder)
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            result[f"grouped_mm against eager {name}"] = experts_check(folder, mixture.tokenizer, texts, device, dtype)
-            result[f"attention {name}"] = attention_checks(folder, mixture.tokenizer, texts, device, dtype)
+    encoder = sentence.encoder_of(mixture)
+    move_apart(encoder)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        encoder.save_pretrained(folder)
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        for name, dtype in dtypes.items():
+            found = _or_why_not(partial(experts_check, folder, device, dtype))
+            result[f"grouped_mm against eager {name}"] = found
+        for attention in ATTENTION:
+            for name, dtype in dtypes.items():
+                run = partial(attention_check, folder, mixture.tokenizer, texts, device, dtype, attention)
+                result.setdefault(f"attention {name}", {})[attention] = _or_why_not(run)
+                write_text(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _or_why_not(run: Callable[[], dict]) -> dict:
+    """What a check found; what one cannot do must not cost the others."""
+    try:
+        return run()
+    except Exception as error:
+        return {"did not run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 def main() -> None:
@@ -107,9 +142,9 @@ def main() -> None:
     parser.add_argument("--parent", type=Path, default=None)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    command = f"python scripts/gpu_checks.py {args.output} --device {args.device}"
-    result = check(str(args.parent or parent_folder()), args.device, command)
-    write_text(args.output, json.dumps(result, indent=1) + "\n")
+    words = [f"--parent {args.parent}"] if args.parent else []
+    command = " ".join([f"python scripts/gpu_checks.py {args.output} --device {args.device}", *words])
+    result = check(str(args.parent or parent_folder()), args.device, command, args.output)
     print(json.dumps(result, indent=1))
 
 

@@ -247,17 +247,20 @@ def test_the_recipe_follows_either_spelling_and_its_rates_the_rate(option):
 def test_the_guides_files_are_files_that_the_command_reads(tmp_path):
     """The guide is what people copy from."""
     guide = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
-    options_file, mixed_file, languages_file, curriculum_file = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
-    (tmp_path / "train.yaml").write_text(options_file)
-    (tmp_path / "curriculum.yaml").write_text(curriculum_file)
-    options, training = parse(["--config", str(tmp_path / "train.yaml"), "--use_cpu"])
+    files = {text.split()[1].rstrip(",:"): text for text in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    read = {name: parse(["--config", str(tmp_path / name), "--use_cpu"]) for name in files if name != "curriculum.yaml"}
+    options, training = read["train.yaml"]
     assert (options.temperature, training.learning_rate) == (2, 2e-5)
-    (tmp_path / "languages.yaml").write_text(languages_file)
-    assert parse(["--config", str(tmp_path / "languages.yaml"), "--use_cpu"])[0].preserve
-    (tmp_path / "mixed.yaml").write_text(mixed_file)
-    options, training = parse(["--config", str(tmp_path / "mixed.yaml"), "--use_cpu"])
-    assert (options.loss_of("bitext"), options.loss_of("others")) == ("translation", "ranking_distill_kl")
-    assert training.learning_rate_mapping == {"experts": 2e-4}
+    assert read["languages.yaml"][0].preserve
+    assert read["prompts.yaml"][1].prompts == {"anchor": "query: ", "positive": "passage: "}
+    for name in ("mixed.yaml", "further.yaml"):  # upcycled by the recipe, and what goes on with it
+        options, training = read[name]
+        assert (options.loss_of("bitext"), options.loss_of("others")) == ("translation", "ranking_distill_kl")
+        assert training.learning_rate_mapping == {"experts": 2e-4}
+        assert training.num_train_epochs == 1
+    assert not read["further.yaml"][0].fit_translations
     curriculum = read_curriculum(tmp_path / "curriculum.yaml")
     assert curriculum.ends(100) == [10, 50, 100]
     model = HagMoeModel(tiny_config())
