@@ -79,7 +79,9 @@ def test_unrolled_experts_are_the_experts(mode):
         assert torch.allclose(unrolled_experts_forward(experts, states, index, weights), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", EXPORTED)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[pytest.mark.slow] if mode == "memory alone" else []) for mode in EXPORTED]
+)
 def test_a_float32_graph_equals_torch_on_other_batches_and_lengths(mode, make_mixture, corpus, tmp_path):
     """One batch was traced; queries, padded batches and texts that leave experts empty come later."""
     texts = [text[: 4 * (row % 15) + 4] for row, text in enumerate(corpus[:60])]

@@ -107,8 +107,9 @@ def test_the_gpu_bench_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(tin
     assert "| sdpa | float32 | 0.0e+00 |" in fill_readme_tables.gpu()
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_begins_nothing_after_its_minutes(tiny_parent, tmp_path):
-    """A machine that is lent for minutes takes away what is not done by then; the package need not be installed there."""
+    """A machine that is lent for minutes takes away what is not done by then."""
     command = [sys.executable, str(SCRIPTS / "gpu_bench.py"), str(tmp_path), "--device", "cpu", "--minutes", "0"]
     run = subprocess.run([*command, "--parent", str(tiny_parent)], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert "0 minutes are over: the next call goes on with 'what makes the host wait, float32'" in run.stdout
