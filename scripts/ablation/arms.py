@@ -79,7 +79,6 @@ class Arm:
 
 
 DENSE = Arm("dense", "the parent, trained as it is: what a mixture has to beat", kind="dense")
-DENSE_TWICE = replace(DENSE, name="dense-x2", about="the same at twice the rate", shared_rate=2.0)
 WIDE = Arm(
     "dense-wide", "the parent widened to the mixture's total parameters: an upper control, at more FLOPs", kind="wide"
 )
@@ -269,7 +268,7 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     # An English parent learns other languages
     6: (
         DENSE,
-        DENSE_TWICE,
+        replace(DENSE, name="dense-x2", about="the same at twice the rate", shared_rate=2.0),
         LANGUAGES,
         replace(
             LANGUAGES,
@@ -296,7 +295,6 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     # The same with a memory that starts from translations
     7: (
         DENSE,
-        DENSE_TWICE,
         replace(
             DENSE,
             name="dense-embeddings",
