@@ -105,7 +105,7 @@ BUDGETS = {
         replace(MOSTLY_TRANSLATIONS, name="titles", steps=300, evaluations=3, bfloat16=False, translated=TRANSLATED),
         # Four times over 30,098 pairs (`--rows 8000`): does the gain last? A point of the curve every half of a pass
         replace(MOSTLY_TRANSLATIONS, name="epochs", steps=1880, evaluations=8),
-        # Four times over 7,545 pairs (`--rows 2000`), for a CPU without bfloat16 units: the same question of more arms, two rates
+        # Four times over 7,545 pairs (`--rows 2000`), for a CPU without bfloat16 units: the same, two rates
         replace(MOSTLY_TRANSLATIONS, name="passes", steps=470, evaluations=8, learning_rates=(1e-4, 2e-4), bfloat16=False),
         # For a GPU: about one pass over the pairs
         Budget("full", 1200, 512, 64, (5e-5, 1e-4, 2e-4), (0, 1, 2), 200, 12, bfloat16=True),
