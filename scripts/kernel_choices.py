@@ -140,7 +140,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     result = {
-        "command": f"python scripts/kernel_choices.py {args.output}",
+        "command": f"python scripts/kernel_choices.py {args.output} --rounds {args.rounds} --threads {args.threads}",
         "date": date.today().isoformat(),
         **machine(),
         "constants": {
