@@ -18,8 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 # So few tokens multiply faster as `weight @ states.T` (docs/results/kernel-choices.json): MKL repacks no weight then. Not on
 # processors with matrix units, although these take no part in float32 (docs/results/kernel-choices-amx.json).
 FEW_TOKENS = range(0) if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else range(12, 49)
-# Nor on a single thread: what is gained is that threads share the rows of the weight, of which there are many
-# (docs/results/kernel-choices-avx2.json)
+# Nor on a single thread, which loses by it (docs/results/kernel-choices-avx2.json); several share the rows of the weight
 FEWEST_THREADS = 2
 # Outside of float32 every shape that was not seen lately is prepared anew, so an expert's rows are rounded up (same file)
 ROUND_ROWS = 64
