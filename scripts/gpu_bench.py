@@ -214,7 +214,8 @@ def main() -> None:
     args = parser.parse_args()
     parent_name = str(args.parent or parent_folder())
     if args.halve:
-        return halve(parent_name, args.output)
+        halve(parent_name, args.output)
+        return
     deadline = time.monotonic() + 60 * args.minutes
     args.output.mkdir(parents=True, exist_ok=True)
     words = [f"--parent {args.parent}"] if args.parent else []
@@ -243,7 +244,6 @@ def main() -> None:
             result["measured"][name] = {"did not run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         write(path, result)
         print(name, json.dumps(result["measured"][name])[:300], flush=True)
-    return None
 
 
 if __name__ == "__main__":
