@@ -345,6 +345,12 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         ),
         MEMORY_WORDS,
         replace(
+            MEMORY_WORDS,
+            name="memory-words-held",
+            about="the same, and the memory stays as translations set it: does the mixture matter then?",
+            memory_rate=0.0,
+        ),
+        replace(
             TRANSLATIONS, name="hag-translations-unfitted", about="the first, its memory empty at the start", fitted=False
         ),
         replace(
