@@ -112,6 +112,8 @@ class HagMoeConfig(PreTrainedConfig):
             of it turns a trained memory down, 0 turns it off.
         preserve_first_group (`bool`): Whether no gradient reaches the experts of the first group, so that they stay the
             parent's while others learn; needs groups that are opened by text, one at a time.
+        balance_routing (`bool`, *optional*): Whether `RouterCallback` balances groups and experts; where None, not with
+            `preserve_first_group`, whose groups are for kinds of text, however often these occur.
         output_router_logits (`bool`): Whether outputs carry `router_logits`; a head's loss then holds the load balance term.
         router_aux_loss_coef (`float`): Weight of that term (for sentence-transformers losses there is `RouterCallback`).
 
@@ -201,6 +203,7 @@ class HagMoeConfig(PreTrainedConfig):
     ngram_memory_order: int = 4
     ngram_memory_scale: float | int = 100.0
     preserve_first_group: bool = False
+    balance_routing: bool | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.001
 
@@ -213,6 +216,8 @@ class HagMoeConfig(PreTrainedConfig):
             self.shared_expert_intermediate_size = default_shared_expert_width(self.intermediate_size)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size - self.shared_expert_intermediate_size
+        if self.balance_routing is None:
+            self.balance_routing = not self.preserve_first_group
         super().__post_init__(**kwargs)
         for name in ("base_model_tp_plan", "base_model_ep_plan", "base_model_fsdp_plan"):
             plan = getattr(type(self), name)

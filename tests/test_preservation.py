@@ -141,8 +141,10 @@ def test_no_ngram_of_the_memory_is_in_the_texts_that_stay(mixture, languages):
     memory.rows.data.zero_()
 
 
-def test_nothing_balances_what_is_preserved(mixture):
-    """A bias towards the first group's neighbours would send preserved texts there."""
+@pytest.mark.parametrize("held", [True, False], ids=["experts stay", "experts learn"])
+def test_nothing_balances_what_is_preserved(held, mixture, monkeypatch):
+    """A bias towards the first group's neighbours would send its texts there, also where its experts may learn."""
+    monkeypatch.setattr(sentence.encoder_of(mixture).config, "preserve_first_group", held)
     before = {name: buffer.clone() for name, buffer in mixture.named_buffers()}
     callback, loss = RouterCallback(), build_loss("multiple_negatives_ranking", mixture)
     callback.on_train_begin(None, TrainerState(), None, model=mixture, loss=loss)

@@ -26,7 +26,7 @@ class RouterCallback(TrainerCallback, ExportableState):
 
     Balance comes from a bias on each group's and expert's probability, which shifts choices and nothing else; it moves once
     per optimizer step, by what the whole global batch chose (arXiv 2408.15664). The auxiliary terms are off by default. In
-    a mixture that preserves its first group no bias moves: what opens that group is to stay.
+    a mixture whose groups are for kinds of text (`balance_routing=False` in its configuration) no bias moves.
 
     With every entry of the training loss, one more entry is logged (TensorBoard, W&B and the like get it through
     `report_to`). Per sparse layer N: `router/layerN/load_entropy` (1 is even), `max_vio` and `dead_experts` of all steps
@@ -158,8 +158,7 @@ class RouterCallback(TrainerCallback, ExportableState):
             return
         self._last = self._recorder.finish_step()
         self._window = self._last if self._window is None else _added(self._window, self._last)
-        preserves = self._layers[0][1].router.config.preserve_first_group
-        if self.bias_update_rate and self._last.losses and not preserves:
+        if self.bias_update_rate and self._last.losses and self._layers[0][1].router.config.balance_routing:
             self._move_biases(self._last)
 
     def on_log(self, args, state, control, **kwargs) -> None:

@@ -82,8 +82,6 @@ def callbacks(options: TrainOptions) -> list[TrainerCallback]:
 
         names = ("bias_update_rate", "aux_loss_coef", "z_loss_coef")
         given = {name: value for name in names if (value := getattr(options, name)) is not None}
-        if options.preserves:  # a moving bias would send preserved texts to others' experts
-            given["bias_update_rate"] = 0.0
         router_callback = RouterCallback(**given)
         wanted.append(router_callback)
     if options.preserved_rate:
