@@ -217,10 +217,13 @@ def route(
     scores_BLE = log_probs_BLE if expert_bias is None else log_probs_BLE + expert_bias
     if group_log_probs is not None:
         group_scores = group_log_probs if group_bias is None else group_log_probs + group_bias
-        if group_bias is not None and topk_group > 1:  # inside a single open group it would shift all alike
-            scores_BLE = (scores_BLE.unflatten(-1, (group_bias.shape[0], -1)) + group_bias.unsqueeze(-1)).flatten(-2)
-        if topk_group < group_log_probs.shape[-1]:
-            scores_BLE = _close_groups(scores_BLE, group_scores, topk_group)
+        if expert_logits is None:  # a group is an expert, and at least as many stay open as are taken
+            scores_BLE = group_scores
+        else:
+            if group_bias is not None and topk_group > 1:  # inside a single open group it would shift all alike
+                scores_BLE = (scores_BLE.unflatten(-1, (group_bias.shape[0], -1)) + group_bias.unsqueeze(-1)).flatten(-2)
+            if topk_group < group_log_probs.shape[-1]:
+                scores_BLE = _close_groups(scores_BLE, group_scores, topk_group)
     expert_index_BLK = _top_k_lowest_id_first(scores_BLE, top_k)
     weight_BLK = _combine(log_probs_BLE, expert_index_BLK, combine_rule)
 
