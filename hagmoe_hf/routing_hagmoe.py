@@ -270,27 +270,25 @@ def _log_partition(group_logits: Tensor | None, expert_logits: Tensor | None) ->
 def _close_groups(scores_BLE: Tensor, group_scores: Tensor, topk_group: int) -> Tensor:
     """(B, L, E) scores with minus infinity for every expert outside the open groups."""
     open_groups = _top_k_lowest_id_first(group_scores, topk_group)  # (B, 1 or L, topk_group)
-    # not scatter(..., True): torch.jit.trace has no overload for it
-    is_open = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, open_groups, open_groups >= 0)
     scores_BLGR = scores_BLE.unflatten(-1, (group_scores.shape[-1], -1))
-    return scores_BLGR.masked_fill(~is_open.unsqueeze(-1), float("-inf")).flatten(-2)
+    group = torch.arange(group_scores.shape[-1], device=group_scores.device)
+    is_closed = (group.unsqueeze(-1) != open_groups.unsqueeze(-2)).all(-1, keepdim=True)  # (B, 1 or L, G, 1)
+    return scores_BLGR.masked_fill(is_closed, float("-inf")).flatten(-2)
 
 
 def _top_k_lowest_id_first(scores: Tensor, k: int) -> Tensor:
     """Indices (..., k) of the k largest of (..., n); of equal ones the lowest index, which `topk` does not promise."""
-    chosen = []
-    for _ in range(k):
-        best = scores.argmax(dim=-1, keepdim=True)
-        chosen.append(best)
-        if len(chosen) < k:
-            scores = scores.scatter(-1, best, float("-inf"))
-    return torch.cat(chosen, dim=-1)
+    chosen = [scores.argmax(dim=-1, keepdim=True)]
+    while len(chosen) < k:
+        scores = scores.scatter(-1, chosen[-1], float("-inf"))
+        chosen.append(scores.argmax(dim=-1, keepdim=True))
+    return chosen[0] if k == 1 else torch.cat(chosen, dim=-1)
 
 
 def _combine(log_probs_BLE: Tensor, expert_index_BLK: Tensor, combine_rule: str) -> Tensor:
     """Weights (B, L, K) of the chosen experts; every rule keeps the gradient of their probabilities."""
     if combine_rule == "selection" and not torch.is_grad_enabled():
-        return log_probs_BLE.new_full((), 1.0 / expert_index_BLK.shape[-1]).expand(expert_index_BLK.shape)
+        return log_probs_BLE.new_full(expert_index_BLK.shape, 1.0 / expert_index_BLK.shape[-1])
     log_prob_BLK = log_probs_BLE.gather(-1, expert_index_BLK)
     if combine_rule == "normalized":
         return log_prob_BLK.softmax(dim=-1)
