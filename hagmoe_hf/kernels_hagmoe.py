@@ -170,7 +170,7 @@ def segmented_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: 
     if order is not None:
         size = num_tokens * top_k
         target = output.new_empty if num_choices == size else output.new_zeros
-        output = target(size, output.shape[-1]).index_copy(0, order, output)
+        output = target(size, output.shape[-1]).index_copy_(0, order, output)
     if top_k > 1:
         return (top_k_weights.unsqueeze(1) @ output.view(num_tokens, top_k, -1)).squeeze(1)
     if torch.is_grad_enabled() or self.config.combine_rule == "softmax":

@@ -107,7 +107,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(arguments, message, tmp_p
 def test_a_layer_list_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
     code = hagmoe("upcycle", parent_folder(), tmp_path / "out", "--sparse-layers", "one", monkeypatch=monkeypatch)
     assert code != 0
-    assert "allowed: layer numbers like 1,3,5" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "allowed: layer numbers like 1,3,5, or none" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("arguments", [["upcycle", "PARENT", "OUT"], ["analyze", "PARENT", "a.jsonl", "--out", "OUT"]])

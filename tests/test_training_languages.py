@@ -198,6 +198,22 @@ def test_translations_beside_pairs_are_trained_by_the_recipe(tmp_path, tiny_pare
         train([*command, "--output_dir", str(tmp_path / "again"), "--model", str(tmp_path / "out/model")])
 
 
+def test_the_recipe_can_do_without_experts(tmp_path, tiny_parent, corpus):
+    """What the memory gives is to be had in the parent's own shape, at its speed."""
+    pairs = [{"anchor": text, "positive": text[::-1], "domain": "bitext"} for text in corpus[:60]]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
+    config = {"model": str(tiny_parent), "train_data": [str(file)], "domain_column": "domain", "sparse_layers": []}
+    config |= {"domain_losses": {"bitext": "translation"}, "max_steps": 2, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "train.yaml").write_text(json.dumps(config))
+    train(["--config", str(tmp_path / "train.yaml"), "--use_cpu"])
+    encoder = sentence.encoder_of(SentenceTransformer(str(tmp_path / "out/model"), device="cpu"))
+    assert encoder.config.sparse_layers == []
+    assert encoder.ngram_memory.rows.any()
+    dense = SentenceTransformer(str(tiny_parent), device="cpu")[0].model.encoder.layer
+    assert not torch.equal(encoder.layers[0].mlp.up_proj.weight, dense[0].intermediate.dense.weight)
+
+
 def test_a_model_that_is_its_own_teacher_learns_as_from_its_copy(tmp_path, tiny_parent, corpus):
     """It reads each batch beside the student, where another teacher encodes all of the data beforehand."""
     rows = [{"anchor": text[:60], "positive": text[60:120] + text[:9]} for text in corpus[:64]]

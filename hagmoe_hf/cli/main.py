@@ -37,10 +37,12 @@ app = typer.Typer(
 
 
 def _layer_list(value: str) -> list[int]:
+    if value == "none":
+        return []
     try:
         return [int(layer) for layer in value.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{value!r} is not possible; allowed: layer numbers like 1,3,5.") from None
+        raise typer.BadParameter(f"{value!r} is not possible; allowed: layer numbers like 1,3,5, or none.") from None
 
 
 def _items(path: Path) -> list[tuple[str, ...]]:
@@ -70,8 +72,8 @@ def upcycle(
     sparse_layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers that become mixtures, like 1,3; by default every second one but the last, or all with "
-            "--preserved-texts."
+            help="Layers that become mixtures, like 1,3, or none (for a memory alone); by default every second one but "
+            "the last, or all with --preserved-texts."
         ),
     ] = None,
     n_group: Annotated[

@@ -94,9 +94,12 @@ class TrainOptions:
         ),
     )
 
-    sparse_layers: list[int] = field(
-        default_factory=list,
-        metadata=_help("Upcycling: layers that become mixtures; every second one but the last, or all where texts stay."),
+    sparse_layers: list[int] | None = field(
+        default=None,
+        metadata=_help(
+            "Upcycling: layers that become mixtures, in a file also [] for none (a memory alone); by default every second "
+            "one but the last, or all where texts stay."
+        ),
     )
     n_group: int | None = field(default=None, metadata=_help("Upcycling: expert groups; 4, or 2 where texts stay."))
     num_experts: int | None = field(
@@ -321,7 +324,7 @@ class TrainOptions:
         """The options of `upcycle`."""
         names = ("n_group", "num_experts", "num_experts_per_tok", "topk_group", "shared_expert_fraction")
         options = {name: getattr(self, name) for name in (*names, "group_routing", "combine_rule")}
-        return {"sparse_layers": self.sparse_layers or None, **options}
+        return {"sparse_layers": self.sparse_layers, **options}
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTrainingArguments]:
@@ -369,6 +372,9 @@ def _recipe(given: dict[str, Any]) -> dict[str, Any]:
     if name not in RECIPES:
         return {}
     recipe = {**_read_config(str(RECIPE_FOLDER / f"{name}.yaml")), "recipe": name}
+    if given.get("sparse_layers") == []:
+        del recipe["learning_rate_mapping"]  # of experts
+        return recipe
     with contextlib.suppress(TypeError, ValueError):  # what is no number is refused by the parser
         times = float(given.get("learning_rate", recipe["learning_rate"])) / recipe["learning_rate"]
         recipe["learning_rate_mapping"] = {part: times * rate for part, rate in recipe["learning_rate_mapping"].items()}

@@ -77,14 +77,14 @@ def callbacks(options: TrainOptions) -> list[TrainerCallback]:
     """The callbacks that the options ask for."""
     wanted: list[TrainerCallback] = []
     router_callback = None
-    if options.balance:
+    if options.balance and options.sparse_layers != []:
         from .router_callback import RouterCallback
 
         names = ("bias_update_rate", "aux_loss_coef", "z_loss_coef")
         given = {name: value for name in names if (value := getattr(options, name)) is not None}
         router_callback = RouterCallback(**given)
         wanted.append(router_callback)
-    if options.preserved_rate:
+    if options.preserved_rate and options.sparse_layers != []:
         wanted.append(SlowExpertsCallback(options.preserved_rate))
     if options.curriculum:  # first, so that a phase is in force when its first step begins for the others
         wanted.insert(0, CurriculumCallback(read_curriculum(options.curriculum), router_callback))
