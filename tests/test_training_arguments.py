@@ -203,6 +203,9 @@ def test_options_that_are_not_given_are_the_recipes_where_one_fits(tmp_path):
     assert training.learning_rate_mapping == {"experts": 1e-4}
     path.write_text("domain_losses: {a: translation}\ndomain_column: d\n")
     assert parse(["--config", str(path), *NEEDED])[0].recipe == "languages"
+    path.write_text("sparse_layers: []\nngram_memory_size: 0\nfit_translations: false\n")
+    options, training = parse([*TRANSLATED, "--config", str(path)])  # nothing that is named there is missing then
+    assert (options.freeze, training.learning_rate_mapping) == (["embeddings.*"], {})
 
 
 def test_no_recipe_where_none_fits_or_none_is_wanted(tmp_path):

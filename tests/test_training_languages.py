@@ -186,7 +186,13 @@ def test_translations_beside_pairs_are_trained_by_the_recipe(tmp_path, tiny_pare
     config = encoder.config
     assert config.sparse_layers == list(range(config.num_hidden_layers))
     assert (config.n_group, config.num_experts, config.shared_expert_intermediate_size) == (2, 2, 0)
-    assert encoder.ngram_memory.rows.any()
+    english, others = zip(*((row["anchor"], row["positive"]) for row in pairs[:60]), strict=True)
+    learned = [*others, *(text for row in pairs[60:] if row["positive"] for text in (row["anchor"], row["positive"]))]
+    started = upcycle(str(tiny_parent), preserved_texts=english, ngram_texts=learned, ngram_memory_size=131072)
+    fit_translations(started, zip(english, others, strict=True))
+    rows = sentence.encoder_of(started).ngram_memory.rows
+    assert rows.any()
+    assert torch.allclose(encoder.ngram_memory.rows, rows, atol=1e-7), "the memory learned"
     parent = SentenceTransformer(str(tiny_parent), device="cpu")[0].model
     assert torch.equal(encoder.embeddings.word_embeddings.weight, parent.embeddings.word_embeddings.weight)
     for layer, dense in zip(encoder.layers, parent.encoder.layer, strict=True):

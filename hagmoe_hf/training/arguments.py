@@ -23,7 +23,7 @@ PRESETS = tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml")))
 NO_RECIPE = "none"
-_RECIPE_FOLLOWS = ("recipe", "domain_losses", "learning_rate")  # options that say which recipe, and what it gives
+_RECIPE_FOLLOWS = ("recipe", "domain_losses", "learning_rate", "ngram_memory_size")  # options that say which recipe, and what it gives
 LORA_TARGETS = ("experts", "router")
 
 
@@ -372,8 +372,10 @@ def _recipe(given: dict[str, Any]) -> dict[str, Any]:
     if name not in RECIPES:
         return {}
     recipe = {**_read_config(str(RECIPE_FOLDER / f"{name}.yaml")), "recipe": name}
-    if given.get("sparse_layers") == []:
-        del recipe["learning_rate_mapping"]  # of experts
+    if str(given.get("ngram_memory_size")) == "0":  # nothing there to freeze
+        recipe["freeze"] = [pattern for pattern in recipe["freeze"] if not pattern.startswith("ngram_memory")]
+    if given.get("sparse_layers") == []:  # no experts there to have a rate
+        del recipe["learning_rate_mapping"]
         return recipe
     with contextlib.suppress(TypeError, ValueError):  # what is no number is refused by the parser
         times = float(given.get("learning_rate", recipe["learning_rate"])) / recipe["learning_rate"]
