@@ -87,7 +87,7 @@ def main() -> None:
 
         add_words(args.add_words, args.inputs)
     elif args.table:
-        from ablation.run import run_table
+        from ablation.run import Place, run_table
 
         budget, kit = BUDGETS[args.budget], not args.no_kit
         unknown = set(args.only or ()) - {arm.name for arm in TABLES[args.table]}
@@ -95,46 +95,35 @@ def main() -> None:
             names = ", ".join(arm.name for arm in TABLES[args.table])
             parser.error(f"--only {' '.join(sorted(unknown))} is not in table {args.table}; allowed: {names}")
         arms = tuple(arm for arm in TABLES[args.table] if args.only is None or arm.name in args.only)
-        run_table(
-            arms,
-            budget,
-            args.inputs,
-            args.results,
-            args.work,
-            args.minutes,
-            args.device,
-            command,
-            kit,
-            args.keep,
-            args.seeds,
-        )
+        place = Place(args.inputs, args.results, args.work, args.device)
+        run_table(arms, budget, place, args.minutes, command, kit, args.keep, args.seeds)
     elif args.parting:
-        from ablation.run import add_parting
+        from ablation.findings import add_parting
 
         for result in args.parting:
             add_parting(result, args.work, args.inputs, command)
     elif args.by_length:
-        from ablation.run import add_lengths
+        from ablation.findings import add_lengths
 
         for result in args.by_length:
             add_lengths(result, args.set, args.lengths, args.work, args.inputs, command)
     elif args.by_merging:
-        from ablation.run import add_merging
+        from ablation.findings import add_merging
 
         for result in args.by_merging:
             add_merging(result, args.parts, args.work, args.inputs, command)
     elif args.by_memory:
-        from ablation.run import add_memory
+        from ablation.findings import add_memory
 
         for result in args.by_memory:
             add_memory(result, args.set, args.parts, args.work, args.inputs, command)
     elif args.staying:
-        from ablation.run import add_staying
+        from ablation.findings import add_staying
 
         for result in args.staying:
             add_staying(result, args.language, args.work, args.inputs, command)
     elif args.pack:
-        from ablation.run import pack_run
+        from ablation.findings import pack_run
 
         if args.into is None:
             parser.error("--pack needs --into: a new folder")

@@ -390,9 +390,9 @@ def test_kept_weights_give_the_trained_model_back(name, prepared, pairs, dev, tm
 
 def test_kept_runs_are_scored_later(prepared, pairs, dev, tmp_path, monkeypatch):
     budget = dataclasses.replace(TINY_BUDGET, seeds=(0,))
-    paths = (prepared, tmp_path / "results", tmp_path / "work")
+    place = run.Place(prepared, tmp_path / "results", tmp_path / "work")
     arms = (fitted(DENSE),)
-    assert run.run_table(arms, budget, *paths, minutes=9, device="cpu", command="x", kit=False, keep=True)
+    assert run.run_table(arms, budget, place, minutes=9, command="x", kit=False, keep=True)
     file = tmp_path / "results/tiny/dense_lr0.001_seed0.json"
     assert json.loads(file.read_text())["kit"] is None
 
@@ -401,7 +401,7 @@ def test_kept_runs_are_scored_later(prepared, pairs, dev, tmp_path, monkeypatch)
         return subprocess.Popen([sys.executable, "-c", ""])
 
     monkeypatch.setattr(run, "score_elsewhere", score_here)
-    assert run.run_table(arms, budget, *paths, minutes=9, device="cpu", command="x", kit=True)
+    assert run.run_table(arms, budget, place, minutes=9, command="x", kit=True)
     assert set(json.loads(file.read_text())["kit"]) == {"sts.wordsim353", "retrieval.arxiv_tags"}
 
 
@@ -417,7 +417,7 @@ def test_a_budget_that_follows_goes_on_where_the_other_ended(prepared, tmp_path,
     monkeypatch.setattr(loop, "plan", lambda *args: drawn.append(inputs.plan(*args)) or drawn[-1])
 
     def run_all(budget):
-        return run.run_table(arms, budget, prepared, folder, tmp_path / "work", 9, "cpu", "x", kit=False, keep=True)
+        return run.run_table(arms, budget, run.Place(prepared, folder, tmp_path / "work"), 9, "x", kit=False, keep=True)
 
     with pytest.raises(FileNotFoundError, match=r"tiny.*--keep"):
         run_all(then)
@@ -447,7 +447,7 @@ def test_a_branch_goes_on_from_the_dense_run(prepared, tmp_path, monkeypatch):
     folder, work = tmp_path / "results", tmp_path / "work"
 
     def run_all(budget, *arms):
-        return run.run_table(arms, budget, prepared, folder, work, 9, "cpu", "x", kit=False, keep=True)
+        return run.run_table(arms, budget, run.Place(prepared, folder, work), 9, "x", kit=False, keep=True)
 
     assert run_all(first, DENSE)
     assert run_all(then, DENSE, branch)
@@ -476,9 +476,9 @@ def test_a_run_whose_vectors_could_not_be_written_is_not_done(prepared, tmp_path
 
     monkeypatch.setattr(scoring, "record", fail)
     budget = dataclasses.replace(TINY_BUDGET, seeds=(0,))
-    paths = (prepared, tmp_path / "results", tmp_path / "work")
+    place = run.Place(prepared, tmp_path / "results", tmp_path / "work")
     with pytest.raises(OSError, match="No space left"):
-        run.run_table((fitted(DENSE),), budget, *paths, minutes=9, device="cpu", command="x", kit=True)
+        run.run_table((fitted(DENSE),), budget, place, minutes=9, command="x", kit=True)
     assert not list((tmp_path / "results").rglob("*.json"))
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -22,32 +22,40 @@ from ablation import loop, scoring
 from ablation.arms import DENSE, Arm
 from ablation.budgets import Budget
 from ablation.inputs import Pairs, calibration_pairs, load_pairs
-from ablation.lengths import scores_by_length
 from ablation.loop import Run, Setting
-from ablation.memory import scores_by_memory
 from ablation.models import build
-from ablation.parting import parting, ranks_by_merging
 from ablation.results import due, read_results, run_name
-from ablation.staying import staying
 from hagmoe_hf import sentence
-from hagmoe_hf.evaluation.kit import KitSet
 from hagmoe_hf.files import new_file, write_text
 from hagmoe_hf.ngram_memory import give_memory
-from hagmoe_hf.packing import pack
 
 PACKAGES = ("torch", "transformers", "sentence-transformers")
 KEPT_WEIGHTS = "trained.safetensors"
 SECONDS_LEFT = {False: 20, True: 75}  # of the minutes, to write down what is there; more where the kit is scored
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where runs happen.
+
+    Attributes:
+        inputs: Folder that `prepare` made.
+        results: Folder of results; those of a budget lie in its sub-folder.
+        work: Folder for checkpoints, kept weights and vectors.
+        device: Like "cpu" or "cuda".
+    """
+
+    inputs: Path
+    results: Path
+    work: Path
+    device: str = "cpu"
+
+
 def run_table(
     arms: tuple[Arm, ...],
     budget: Budget,
-    inputs: Path,
-    results: Path,
-    work: Path,
+    place: Place,
     minutes: float,
-    device: str,
     command: str,
     kit: bool,
     keep: bool = False,
@@ -58,11 +66,8 @@ def run_table(
     Args:
         arms: Of the table, or some of them, where other processes do the others.
         budget: What every arm gets.
-        inputs: Folder that `prepare` made.
-        results: Folder of results; those of a budget lie in its sub-folder.
-        work: Folder for checkpoints and vectors.
+        place: Where.
         minutes: After these it stops, with a checkpoint, and the next call goes on; 0 only scores kept runs.
-        device: Like "cpu" or "cuda".
         command: What was typed, for the results.
         kit: Whether to score the kit at the end of every run, and of kept ones that were not scored.
         keep: Whether to keep the trained weights, about 100 MB a run, in `work`.
@@ -72,7 +77,8 @@ def run_table(
         Whether they are complete.
     """
     deadline = time.monotonic() + 60 * minutes - SECONDS_LEFT[kit]
-    folder = results / budget.name
+    inputs, work, device = place.inputs, place.work, place.device
+    folder = place.results / budget.name
     pairs = load_pairs(inputs, "train", budget.max_length, device)
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
     texts = calibration_pairs(inputs, budget)
@@ -148,7 +154,7 @@ def kept_model(result: dict, work: Path, inputs: Path) -> SentenceTransformer:
     name = run_name(Arm(**result["arm"]), result["learning_rate"], result["seed"])
     path = kept_weights(work, result["budget"]["name"], name)
     weights = load_file(path)
-    model = _untrained(result, inputs)
+    model = untrained(result, inputs)
     memory = {name.rpartition(".")[2]: tensor for name, tensor in weights.items() if ".ngram_memory." in name}
     if memory:
         encoder = sentence.encoder_of(model)
@@ -158,95 +164,10 @@ def kept_model(result: dict, work: Path, inputs: Path) -> SentenceTransformer:
     return model.eval()
 
 
-def _untrained(result: dict, inputs: Path) -> SentenceTransformer:
+def untrained(result: dict, inputs: Path) -> SentenceTransformer:
     """The model of a result before training, but for where its gates started, and without its memory; on the CPU."""
     arm = replace(Arm(**result["arm"]), dense_share=0.0, calibrated=False, memory=0)
     return build(arm, inputs / "parent", [], result["seed"], "cpu")
-
-
-def pack_run(result: Path, folder: Path, work: Path, inputs: Path) -> None:
-    """Write the trained model of a run as what differs from its parent."""
-    pack(kept_model(json.loads(result.read_text(encoding="utf-8")), work, inputs), inputs / "parent", folder)
-
-
-def add_parting(result: Path, work: Path, inputs: Path, command: str) -> None:
-    """Put what parted experts do to pairs, in one run against the dense parent's, into `parting.json` beside its result."""
-    entry, mixture, dense = _with_dense(result, work, inputs)
-    start = sentence.encoder_of(_untrained(entry, inputs))
-    dev = load_pairs(inputs, "dev", entry["budget"]["max_length"], "cpu")
-    _add_finding("parting.json", result, entry, parting(mixture, dense, start, dev), command)
-
-
-def add_lengths(result: Path, kit_set: str, lengths: list[int], work: Path, inputs: Path, command: str) -> None:
-    """Put a run's scores of a set (like "retrieval/arxiv_tags") by length of text into `lengths.json` beside its result.
-
-    Raises:
-        ValueError: The kit has no such set.
-    """
-    wanted = _kit_set(inputs, kit_set)
-    entry, mixture, dense = _with_dense(result, work, inputs)
-    found = {"set": kit_set, "score": scores_by_length(mixture, dense, wanted, lengths)}
-    _add_finding("lengths.json", result, entry, found, command)
-
-
-def _kit_set(inputs: Path, key: str) -> KitSet:
-    sets = {one.key: one for one in scoring.kit_sets(inputs / "kit")}
-    if key not in sets:
-        raise ValueError(f"set {key!r} is not in {inputs / 'kit'}; allowed: {', '.join(sorted(sets))}.")
-    return sets[key]
-
-
-def add_memory(result: Path, kit_set: str, parts: list[float], work: Path, inputs: Path, command: str) -> None:
-    """Put a run's scores with parts of its memory, on held-out pairs and a set, into `memory.json` beside its result.
-
-    Raises:
-        ValueError: The kit has no such set, or the run no memory.
-    """
-    wanted = _kit_set(inputs, kit_set)
-    entry = json.loads(result.read_text(encoding="utf-8"))
-    budget = entry["budget"]
-    dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
-    found = {"parts": scores_by_memory(kept_model(entry, work, inputs), dev, wanted, parts)}
-    _add_finding("memory.json", result, entry, found, command, f" {kit_set}")
-
-
-def add_staying(result: Path, language: str, work: Path, inputs: Path, command: str) -> None:
-    """Put how far a run's vectors of held-out texts in a language moved into `staying.json` beside its result."""
-    entry = json.loads(result.read_text(encoding="utf-8"))
-    budget = entry["budget"]
-    dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
-    parent = sentence.load(str(inputs / "parent"), device="cpu")
-    domains = staying(kept_model(entry, work, inputs), parent, dev, language)
-    _add_finding("staying.json", result, entry, {"domains": domains}, command, f" {language}")
-
-
-def add_merging(result: Path, parts: list[float], work: Path, inputs: Path, command: str) -> None:
-    """Put a run's held-out macro MRR with its experts merged in part into `merging.json` beside its result."""
-    entry = json.loads(result.read_text(encoding="utf-8"))
-    budget = entry["budget"]
-    dev = load_pairs(inputs, "dev", budget["max_length"], "cpu", budget["dev_rows"])
-    found = {"held_out_mrr": ranks_by_merging(kept_model(entry, work, inputs), dev, parts)}
-    _add_finding("merging.json", result, entry, found, command)
-
-
-def _with_dense(result: Path, work: Path, inputs: Path) -> tuple[dict, SentenceTransformer, SentenceTransformer]:
-    """A result, its trained model, and the dense parent trained alike; both from kept weights."""
-    entry = json.loads(result.read_text(encoding="utf-8"))
-    dense = json.loads(result.with_name(_dense_of(entry)).read_text(encoding="utf-8"))
-    return entry, kept_model(entry, work, inputs), kept_model(dense, work, inputs)
-
-
-def _dense_of(entry: dict) -> str:
-    return f"{run_name(DENSE, entry['learning_rate'], entry['seed'])}.json"
-
-
-def _add_finding(name: str, result: Path, entry: dict, found: dict, command: str, about_what: str = "") -> None:
-    """Put what was found about a run, or about a part of it, into a file beside its result."""
-    path = result.with_name(name)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    about = {"command": command, "commit": entry["commit"], "dense": Path(_dense_of(entry)).stem}
-    known[result.stem + about_what] = {**about, **found}
-    write_text(path, json.dumps(known, indent=1) + "\n")
 
 
 def score_elsewhere(result: Path, kit: Path, vectors: Path) -> subprocess.Popen:
