@@ -131,7 +131,7 @@ def test_a_shortened_option_is_refused_not_ignored(tmp_path, capsys):
     [
         ("max_rows: 10.5", "max_rows=10.5 is not possible; allowed: int | None"),
         ("max_rows: true", "max_rows=True is not possible; allowed: int | None"),
-        ("sparse_layers: [1, two]", "sparse_layers=[1, 'two'] is not possible; allowed: list[int]"),
+        ("sparse_layers: [1, two]", "sparse_layers=[1, 'two'] is not possible; allowed: list[int] | None"),
         ("matryoshka_dims: 8, 16", "matryoshka_dims='8, 16' is not possible; allowed: list[int]"),
         ("matryoshka_dims: ['16']", "matryoshka_dims=['16'] is not possible; allowed: list[int]"),
         ("where: {domain: a}", "where={'domain': 'a'} is not possible; allowed: list[str]"),
