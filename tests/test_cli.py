@@ -104,7 +104,12 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(arguments, message, tmp_p
     assert (full / "mine.txt").read_text() == "keep me"
 
 
-def test_a_layer_list_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
+def test_no_layer_need_be_a_mixture(tmp_path, tiny_parent, monkeypatch):
+    assert hagmoe("upcycle", tiny_parent, tmp_path / "out", "--sparse-layers", "none", monkeypatch=monkeypatch) == 0
+    assert set(json.loads((tmp_path / "out/config.json").read_text())["mlp_layer_types"]) == {"dense"}
+
+
+def test_what_is_no_layer_list_is_refused(tmp_path, monkeypatch, capsys):
     code = hagmoe("upcycle", parent_folder(), tmp_path / "out", "--sparse-layers", "one", monkeypatch=monkeypatch)
     assert code != 0
     assert "allowed: layer numbers like 1,3,5, or none" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -23,12 +23,8 @@ PRESETS = tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml")))
 NO_RECIPE = "none"
-_RECIPE_FOLLOWS = (
-    "recipe",
-    "domain_losses",
-    "learning_rate",
-    "ngram_memory_size",
-)  # options that say which recipe, and what it gives
+# Options that say which recipe, and what it gives
+_RECIPE_FOLLOWS = ("recipe", "domain_losses", "learning_rate", "ngram_memory_size")
 LORA_TARGETS = ("experts", "router")
 
 
