@@ -334,6 +334,13 @@ TABLES: dict[int, tuple[Arm, ...]] = {
         ),
         replace(WORDS, name="hag-words-slow-memory", about="hag-words, its memory at a tenth of the rate", memory_rate=0.1),
         replace(WORDS, name="hag-words-held", about="hag-words, its memory stays as translations set it", memory_rate=0.0),
+        replace(
+            WORDS,
+            name="hag-translations-held",
+            about="the same without dictionaries, as the recipe is where there are none",
+            memory_rate=0.0,
+            words=False,
+        ),
         replace(DENSE, name="dense-interpolated", about="the same of the dense parent", interpolated=0.75),
         replace(
             MEMORY_WORDS,
