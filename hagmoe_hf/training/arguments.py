@@ -121,11 +121,16 @@ class TrainOptions:
     calibration_rows: int = field(
         default=0,
         metadata=_help(
-            "Upcycling: start the gates from so many rows of the largest domain, and of the others as training draws them."
+            "Upcycling: start the gates from so many rows of the largest domain, and of the others as training draws them; "
+            "where texts stay and some have translations, from these."
         ),
     )
     ngram_memory_size: int = field(
-        default=0, metadata=_help("Upcycling: so many n-grams that are frequent in train_data get a memory; 0 for none.")
+        default=0,
+        metadata=_help(
+            "Upcycling: so many n-grams that are frequent in train_data get a memory, where texts stay and some have "
+            "translations those of these; 0 for none."
+        ),
     )
     fit_translations: bool = field(
         default=False,

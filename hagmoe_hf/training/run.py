@@ -1,7 +1,7 @@
 """The train command: from options to a folder that holds a model."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -268,24 +268,43 @@ def _refuse_unknown_domains(where: str, named: Mapping[str, Any], train_data: Da
         raise ValueError(f"{where} names the domain {unknown[0]!r}; allowed: {sorted(train_data)} (from domain_column).")
 
 
-def _calibration_texts(
-    train_data: DatasetDict, rows: int, temperature: float, seed: int, preserving: Collection[str]
-) -> list[tuple[str, ...]] | None:
-    """All texts of a sample, with `rows` of the largest domain and of others as training draws them; None for no rows.
+def _texts_to_start_from(
+    options: TrainOptions, seed: int, train_data: DatasetDict, translated: list[str], words: list[list[str]]
+) -> dict[str, Any]:
+    """The options of `upcycle` that hold texts: what gates and memory start from, and what stays."""
+    # Which texts stay is known where they have translations; of other domains nobody says what language they are in
+    telling = translated if options.preserves and translated else list(train_data)
+    data = {domain: train_data[domain] for domain in telling}
+    found: dict[str, Any] = {"calibration_texts": _calibration_texts(options, seed, data)}
+    if not options.preserves and not options.ngram_memory_size:
+        return found
+    rows = [row for domain in telling for row in _texts_of(data[domain])] + words
+    first = int(options.preserves)  # column of what is learned
+    learned = [text for row in rows for text in row[first:]]
+    if options.preserves:
+        found["preserved_texts"] = [row[0] for row in rows]
+        found["calibration_texts"] = found["calibration_texts"] or learned
+    if options.ngram_memory_size:
+        found |= {"ngram_texts": learned, "ngram_memory_size": options.ngram_memory_size}
+    return found
 
-    The first two texts of a row belong together, unless a label says how much they do; further ones are negatives. Of
-    domains that preserve their first column's kind of text, it is left out.
+
+def _calibration_texts(options: TrainOptions, seed: int, data: Mapping[str, Dataset]) -> list[tuple[str, ...]] | None:
+    """All texts of a sample, so many rows of the largest domain and of others as training draws them; None for no rows.
+
+    The first two texts of a row belong together, unless a label says how much they do; further ones are negatives. Where
+    the first column's kind of text stays, it is left out.
     """
-    if not rows:
+    if not options.calibration_rows:
         return None
     items: list[tuple[str, ...]] = []
-    largest = max(map(len, train_data.values()))
-    for domain, data in train_data.items():
-        together = 1 if LABEL in data.column_names else 2
-        wanted = math.ceil(rows * (len(data) / largest) ** (1 / temperature))
-        for row in data.shuffle(seed=seed).select(range(min(wanted, len(data)))):
+    largest = max(map(len, data.values()))
+    for rows in data.values():
+        together = 1 if LABEL in rows.column_names else 2
+        wanted = math.ceil(options.calibration_rows * (len(rows) / largest) ** (1 / options.temperature))
+        for row in rows.shuffle(seed=seed).select(range(min(wanted, len(rows)))):
             texts = [text for text in row.values() if isinstance(text, str)]
-            if domain in preserving:
+            if options.preserves:
                 items += [(text,) for text in texts[1:]]
             else:
                 items += [tuple(texts[:together]), *((text,) for text in texts[together:])]
@@ -309,26 +328,11 @@ def _mixture_to_train(
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
         translated = [domain for domain in train_data if LOSSES[options.loss_of(domain)].first_column_only]
-        preserving = (translated or list(train_data)) if options.preserves else []
-        texts: Sequence[str | Sequence[str]] | None = _calibration_texts(
-            train_data, options.calibration_rows, options.temperature, arguments.seed, preserving
-        )
-        more: dict[str, Any] = {}
-        if options.preserves or options.ngram_memory_size:
-            rows = {domain: _texts_of(data) for domain, data in train_data.items()}
-            learned = [text for domain in rows for row in rows[domain] for text in row[domain in preserving :]]
-            learned += [text for entry in words for text in entry[options.preserves :]]
-            if options.preserves:
-                more["preserved_texts"] = [row[0] for domain in preserving for row in rows[domain]]
-                more["preserved_texts"] += [entry[0] for entry in words]
-                texts = texts or learned
-            if options.ngram_memory_size:
-                more["ngram_texts"] = learned
-                more["ngram_memory_size"] = options.ngram_memory_size
-        model = upcycle(model, seed=arguments.seed, calibration_texts=texts, **more, **options.upcycling)
+        texts = _texts_to_start_from(options, arguments.seed, train_data, translated, words)
+        model = upcycle(model, seed=arguments.seed, **texts, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.fit_translations:
-            pairs = [row for domain in translated for row in rows[domain]]
+            pairs = [row for domain in translated for row in _texts_of(train_data[domain])]
             say(arguments, str(fit_translations(model, pairs + words)))
         if options.lora_rank:  # an adapter names the weights it belongs to, so they must lie somewhere
             model = _saved_base(model, arguments, output / BASE_FOLDER)
