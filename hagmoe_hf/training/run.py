@@ -278,7 +278,7 @@ def _texts_to_start_from(
     found: dict[str, Any] = {"calibration_texts": _calibration_texts(options, seed, data)}
     if not options.preserves and not options.ngram_memory_size:
         return found
-    rows = [row for domain in telling for row in _texts_of(data[domain])] + words
+    rows = [row for texts in data.values() for row in _texts_of(texts)] + words
     first = int(options.preserves)  # column of what is learned
     learned = [text for row in rows for text in row[first:]]
     if options.preserves:
