@@ -76,7 +76,10 @@ def test_a_run_writes_every_workload_and_resumes(tiny_parent, tmp_path, monkeypa
     monkeypatch.setattr(workloads, "QUERY_TOKENS", (8,))
     monkeypatch.setattr("hagmoe_hf.benchmark.command.NUM_TEXTS", 64)
     ready = {"models": line_up(tiny_parent, tmp_path / "models")}
-    first = benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=1, threads=2, command="a")
+    threads = torch.get_num_threads() + 1
+    first = benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=1, threads=threads, command="a")
+    assert first["threads"] == threads
+    assert torch.get_num_threads() == threads - 1, "the caller's own"
     assert set(first["workloads"]) == {
         "encode, batch 32",
         "encode, batch 128",
@@ -91,10 +94,10 @@ def test_a_run_writes_every_workload_and_resumes(tiny_parent, tmp_path, monkeypa
     report_["workloads"].pop("training step")
     report_["workloads"]["encode, batch 32"]["what"] = "kept"
     path.write_text(json.dumps(report_), encoding="utf-8")
-    again = benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=1, threads=2, command="a")
+    again = benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=1, threads=threads, command="a")
     assert again["workloads"]["encode, batch 32"]["what"] == "kept"
     assert "training step" in again["workloads"]
-    other = benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=1, threads=2, command="b")
+    other = benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=1, threads=threads, command="b")
     assert other["workloads"]["encode, batch 32"]["what"] != "kept"
     assert [c.name for c in ready["models"]] == other["contestants"]
 

@@ -58,28 +58,30 @@ def benchmark(
     mixed = mixed[:NUM_TEXTS]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    workloads.pin_threads(threads)
-    contestants = [*line_up(parent, output / "models", mixture), *others]
-    trainable = contestants[:3]  # a step takes long, and the others have other weights to train
-    models = {c.name: c.load() for c in contestants}
+    with workloads.pinned_threads(threads):
+        contestants = [*line_up(parent, output / "models", mixture), *others]
+        trainable = contestants[:3]  # a step takes long, and the others have other weights to train
+        models = {c.name: c.load() for c in contestants}
 
-    tasks: dict[str, Callable[[], Any]] = {
-        f"encode, batch {size}": partial(workloads.encode, models, contestants, mixed, size, rounds)
-        for size in ENCODE_BATCHES
-    }
-    for tokens in workloads.QUERY_TOKENS:
-        run = partial(workloads.query, models, contestants, mixed, tokens, 10 * rounds)
-        tasks[f"one query, {tokens} tokens"] = run
-    tasks["training step"] = partial(workloads.training_step, models, trainable, mixed, NUM_TEXTS // 4, max(rounds // 2, 1))
-    tasks["loading and memory"] = partial(workloads.load_and_memory, contestants, mixed, 32, 1)
+        tasks: dict[str, Callable[[], Any]] = {
+            f"encode, batch {size}": partial(workloads.encode, models, contestants, mixed, size, rounds)
+            for size in ENCODE_BATCHES
+        }
+        for tokens in workloads.QUERY_TOKENS:
+            run = partial(workloads.query, models, contestants, mixed, tokens, 10 * rounds)
+            tasks[f"one query, {tokens} tokens"] = run
+        tasks["training step"] = partial(
+            workloads.training_step, models, trainable, mixed, NUM_TEXTS // 4, max(rounds // 2, 1)
+        )
+        tasks["loading and memory"] = partial(workloads.load_and_memory, contestants, mixed, 32, 1)
 
-    path = output / "benchmark.json"
-    header = {"command": command, **machine(), "contestants": [c.name for c in contestants]}
-    report = earlier(path, header) or {"date": date.today().isoformat(), **header, "workloads": {}}
-    for name, task in tasks.items():
-        if name not in report["workloads"]:
-            report["workloads"][name] = task()
-            write_text(path, json.dumps(report, indent=1) + "\n")
+        path = output / "benchmark.json"
+        header = {"command": command, **machine(), "contestants": [c.name for c in contestants]}
+        report = earlier(path, header) or {"date": date.today().isoformat(), **header, "workloads": {}}
+        for name, task in tasks.items():
+            if name not in report["workloads"]:
+                report["workloads"][name] = task()
+                write_text(path, json.dumps(report, indent=1) + "\n")
     write_text(output / "benchmark.md", f"# Speed beside the parent\n\n{markdown(report)}")
     plot(report, output / "benchmark.png")
     return report
@@ -94,9 +96,9 @@ def profile_mixture(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Profile one batch of 32 texts through the mixture; arguments as for `benchmark`, results in `output`/profile."""
-    workloads.pin_threads(threads)
     model = line_up(parent, Path(output) / "models", mixture)[1].load()
-    return profile_encoder(model, _mixed(texts)[:32], Path(output) / "profile")
+    with workloads.pinned_threads(threads):
+        return profile_encoder(model, _mixed(texts)[:32], Path(output) / "profile")
 
 
 def _mixed(texts: Sequence[str] | None) -> list[str]:

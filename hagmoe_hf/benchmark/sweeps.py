@@ -56,7 +56,6 @@ def sweep(
     mixed = workloads.shuffled(texts or read_corpus()[0])[:NUM_TEXTS]
     if len(mixed) < NUM_TEXTS:
         raise ValueError(f"{len(mixed)} texts given; allowed: {NUM_TEXTS} or more, of mixed length.")
-    workloads.pin_threads(threads)
     dense = sentence.load(str(parent), device="cpu")
     sweeps: dict[str, Callable[..., dict[str, Any]]] = {
         "experts": partial(_sizes, changes=[{"num_experts": number} for number in EXPERTS]),
@@ -69,12 +68,13 @@ def sweep(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "sweep.json"
-    header = {"command": command, **machine()}
-    report = earlier(path, header) or {"date": date.today().isoformat(), **header, "sweeps": {}}
-    for name, run in sweeps.items():
-        if name not in report["sweeps"]:
-            report["sweeps"][name] = run(dense, mixed, rounds)
-            write_text(path, json.dumps(report, indent=1) + "\n")
+    with workloads.pinned_threads(threads):
+        header = {"command": command, **machine()}
+        report = earlier(path, header) or {"date": date.today().isoformat(), **header, "sweeps": {}}
+        for name, run in sweeps.items():
+            if name not in report["sweeps"]:
+                report["sweeps"][name] = run(dense, mixed, rounds)
+                write_text(path, json.dumps(report, indent=1) + "\n")
     write_text(output / "sweep.md", f"# Sweeps\n\n{markdown(report)}")
     plot(report, output / "sweep.png")
     return report

@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -138,9 +139,15 @@ def shuffled(texts: Sequence[str], seed: int = 0) -> list[str]:
     return mixed
 
 
-def pin_threads(threads: int | None) -> None:
-    """Let torch use so many threads; as many as there are cores where None."""
+@contextmanager
+def pinned_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many threads inside the block; as many as there are cores where None."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-__all__ = ["QUERY_TOKENS", "encode", "load_and_memory", "pin_threads", "query", "query_of", "shuffled", "training_step"]
+__all__ = ["QUERY_TOKENS", "encode", "load_and_memory", "pinned_threads", "query", "query_of", "shuffled", "training_step"]
