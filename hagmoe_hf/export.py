@@ -1,26 +1,20 @@
-"""A mixture as an ONNX or OpenVINO graph, in float32 and in int8, checked on real texts, and run by sentence-transformers.
+"""A mixture as an ONNX or OpenVINO graph, in float32 and in int8, checked on real texts.
 
-transformers' exporters trace and convert; here are the experts in a form that the graphs know, the int8 weights, the check
-against torch, and the loader.
+transformers' exporters trace and convert; here are the experts in a form that the graphs know, the int8 weights, and the
+check against torch. `graphs` runs what is written here.
 
 Axes:  B texts   L tokens   D hidden_size   T = B*L   E experts   K experts per token
 """
 
-import copy
 import dataclasses
-import hashlib
-import importlib
 import json
 import os
-import platform
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from . import sentence
 from .files import new_folder
+from .graphs import FLOAT_FILE, INT8_FILE, REPORT, OnnxEncoder, files_of, import_or_say, load
 from .kernels_hagmoe import expert_forward, expert_weights
 from .modeling_hagmoe import HagMoeExperts, HagMoeGate, HagMoeModel
 from .routing_hagmoe import RealTokens
@@ -36,13 +31,10 @@ from .routing_hagmoe import RealTokens
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-FLOAT_FILE, INT8_FILE = "model.onnx", "model_qint8.onnx"
 OPENVINO_FILE = "openvino_model.xml"
-REPORT = "export_report.json"
 LARGEST_DIFFERENCE = 1e-4  # of a float32 graph's token states from torch's
 BATCH_SIZES = (1, 7, 32)  # of the check: a query, an odd number, a full batch
 BATCHES = 8  # of each size
-SHORT_TEXT, LEAST_EQUAL = 32, 0.75  # tokens that run together in any case; a part's shortest text against its longest
 
 
 @dataclass(frozen=True)
@@ -179,108 +171,8 @@ def export(
     return report
 
 
-def load(
-    folder: str | os.PathLike, file_name: str = FLOAT_FILE, *, threads: int | None = None, **kwargs: Any
-) -> "SentenceTransformer":
-    """A `SentenceTransformer` whose encoder is an exported ONNX graph, on CPU.
-
-    The stock `backend="onnx"` needs optimum-onnx, which does not work with transformers 5 yet; this does the same to the
-    same folder.
-
-    Args:
-        folder: What `export` wrote.
-        file_name: Of the graph in `onnx/`.
-        threads: How many threads ONNX Runtime computes with; one per physical core by default.
-        kwargs: As `SentenceTransformer` takes them.
-
-    Raises:
-        FileNotFoundError: There is no such graph.
-        ImportError: An optional package is missing; the message names what to install.
-    """
-    path = Path(folder) / "onnx" / file_name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; allowed: a graph that `hagmoe export` wrote.")
-    if (
-        file_name == INT8_FILE
-        and _lacks_vnni()
-        and not json.loads((Path(folder) / REPORT).read_text("utf-8")).get("reduce_range")
-    ):
-        message = "This CPU has no VNNI, so sums of int8 products may overflow: export with reduce_range=True."
-        warnings.warn(message, stacklevel=2)
-    model = sentence.load(str(folder), device="cpu", **kwargs)
-    cast(Any, model[0]).model = OnnxEncoder(path, sentence.encoder_of(model).config, threads)
-    return model
-
-
-class OnnxEncoder(nn.Module):
-    """An ONNX graph in the place of a transformers encoder, for inference on CPU.
-
-    Args:
-        path: The graph.
-        config: The encoder's; the copy here also carries the graph's SHA-256, by which evaluations know it.
-        threads: How many threads ONNX Runtime computes with; one per physical core where None.
-    """
-
-    def __init__(self, path: Path, config: Any, threads: int | None = None):
-        super().__init__()
-        runtime = _import("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.input_names = [given.name for given in self.session.get_inputs()]
-        digest = hashlib.sha256()
-        for file in _files_of(path):
-            digest.update(file.read_bytes())
-        self.config = copy.deepcopy(config)
-        self.config.exported_sha256 = digest.hexdigest()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **features: Any) -> BaseModelOutput:
-        """(B, L) int64 ids and mask -> token states (B, L, D) float32; features that the graph lacks are ignored.
-
-        Texts run together with those of about their length, since attention in the graph computes padding. States at
-        padding are 0.
-        """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **features}
-        feed = {name: given[name].numpy(force=True) for name in self.input_names}
-        whole: np.ndarray | None = None
-        for rows, columns in parts_of_similar_length(feed["attention_mask"]):
-            part = {name: array[rows, columns] for name, array in feed.items()}
-            (states,) = self.session.run(["last_hidden_state"], part)
-            if whole is None:
-                whole = np.zeros((*input_ids.shape, states.shape[-1]), dtype=states.dtype)
-            whole[rows, columns] = states
-        return BaseModelOutput(last_hidden_state=torch.from_numpy(cast(np.ndarray, whole)))
-
-
-def parts_of_similar_length(mask: np.ndarray) -> Iterator[tuple[slice | np.ndarray, slice]]:
-    """Texts of similar length as (rows, columns) of a batch: the columns are the widest text's.
-
-    A part's shortest text has at least `LEAST_EQUAL` of its longest one's length; short texts stay together.
-
-    Args:
-        mask: (B, L), non-zero at real tokens, on whichever side the padding is.
-    """
-    is_real = mask != 0
-    first, width = is_real.argmax(axis=1), mask.shape[1]
-    end = width - is_real[:, ::-1].argmax(axis=1)
-    length = np.where(is_real.any(axis=1), end - first, 0)
-    rows = np.argsort(-length, kind="stable")
-    cuts, longest = [0], length[rows[0]]
-    for at, tokens in enumerate(length[rows]):
-        if longest > SHORT_TEXT and tokens < LEAST_EQUAL * longest:
-            cuts.append(at)
-            longest = tokens
-    if len(cuts) == 1:
-        yield slice(None), slice(None)
-        return
-    for part in np.split(rows, cuts[1:]):
-        real = part[length[part] > 0]
-        if len(real):  # nobody asks for the states of a text without tokens
-            yield part, slice(int(first[real].min()), int(end[real].max()))
-
-
 def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: bool, reduce_range: bool) -> ExportReport:
-    exporters, optimizer = _import("transformers.exporters"), _import("onnxscript.optimizer")
+    exporters, optimizer = import_or_say("transformers.exporters"), import_or_say("onnxscript.optimizer")
     exporter = exporters.OnnxExporter()
     example = _example(batches)
     settings = exporters.OnnxConfig(dynamic_shapes=_any_size(example), ort_fusions="cpu")
@@ -304,14 +196,14 @@ def _write_onnx(encoder: HagMoeModel, batches: list[dict], folder: Path, int8: b
 
 
 def _write_openvino(encoder: HagMoeModel, batches: list[dict], folder: Path) -> ExportReport:
-    exporters = _import("transformers.exporters")
+    exporters = import_or_say("transformers.exporters")
     exporter = exporters.OpenVINOExporter()
     example = _example(batches)
     with _traceable(encoder), _an_expert_for_padding(encoder):
         exported = exporter.export(encoder, example, exporters.OpenVINOConfig(dynamic_shapes=_any_size(example)))
     exporter.save_program(exported.program, folder / OPENVINO_FILE)
     # Where a CPU has bfloat16 units OpenVINO would compute in it, which is another question than whether the graph is right
-    core, settings = _import("openvino").Core(), {"INFERENCE_PRECISION_HINT": "f32"}
+    core, settings = import_or_say("openvino").Core(), {"INFERENCE_PRECISION_HINT": "f32"}
     graph = core.compile_model(folder / OPENVINO_FILE, "CPU", settings)
 
     def run(**batch: Tensor) -> BaseModelOutput:
@@ -434,7 +326,7 @@ def compare(encoder: HagMoeModel, run: Callable[..., Any], batches: Sequence[dic
 
 def _quantized(program: Any, reduce_range: bool) -> Any:
     """The ONNX program with int8 weights, one scale for each output channel, in all products with a constant matrix."""
-    exporters, runtime = _import("transformers.exporters"), _import("onnxruntime.quantization")
+    exporters, runtime = import_or_say("transformers.exporters"), import_or_say("onnxruntime.quantization")
     _unshare_weights(program.graph)
     queries = [node.name for node in program.graph if node.op_type == "MatMul" and _is_vector(node.inputs[1])]
     settings = exporters.OnnxRuntimeDynamicConfig(
@@ -453,7 +345,7 @@ def _unshare_weights(graph: Any) -> None:
     Exporters let small equal weights be one, as those of experts that have not parted yet; ONNX Runtime's quantiser
     transposes it once for each product that it serves.
     """
-    ir, seen = _import("onnx_ir"), set()
+    ir, seen = import_or_say("onnx_ir"), set()
     for node in graph:
         if node.op_type not in ("Gemm", "MatMul") or node.inputs[1].const_value is None:
             continue
@@ -486,26 +378,8 @@ def _left_in_float(program: Any, encoder: HagMoeModel) -> tuple[tuple, float]:
     return tuple(matrices), sizes["INT8"] / sum(sizes.values())
 
 
-def _lacks_vnni() -> bool:
-    """Whether this is an x86 CPU without instructions for 8-bit products; unknown counts as no."""
-    cpu_info = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not cpu_info.is_file():
-        return False
-    return "vnni" not in cpu_info.read_text(encoding="utf-8")
-
-
-def _files_of(graph: Path) -> list[Path]:
-    """A graph's file, and that of its weights where they lie apart."""
-    beside = (graph.with_name(f"{graph.name}.data"), graph.with_suffix(".bin"))
-    return [graph, *(path for path in beside if path.is_file())]
-
-
 def _megabytes(graph: Path) -> float:
-    return round(sum(path.stat().st_size for path in _files_of(graph)) / 1e6, 1)
+    return round(sum(path.stat().st_size for path in files_of(graph)) / 1e6, 1)
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"Exporting needs {name}: pip install hagmoe_hf[export]") from error
+__all__ = ["Check", "ExportReport", "compare", "export", "load", "unrolled_experts_forward"]

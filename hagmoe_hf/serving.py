@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from . import sentence
+from .graphs import load_model_or_graph, split_name
 
 try:
     import prometheus_client as prometheus
@@ -48,7 +49,7 @@ class Settings:
     """What is served, and how much of it.
 
     Attributes:
-        model: Folder or Hub id of a `SentenceTransformer`.
+        model: Folder or Hub id of a `SentenceTransformer`, or an exported graph in such a folder.
         name: What `model` in requests and answers says.
         dimensions: Shorter vectors that may be asked for; what the model was trained for with Matryoshka losses.
         batch_texts: Texts per forward pass, at most.
@@ -407,8 +408,9 @@ def serve(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, work
 
     Raises:
         ValueError: `settings.model` is no SentenceTransformer.
+        FileNotFoundError: It names a graph that is not there.
     """
-    if not sentence.is_sentence_transformer_path(settings.model):
+    if not sentence.is_sentence_transformer_path(split_name(settings.model)[0]):
         raise ValueError(
             f"model={settings.model!r} is no SentenceTransformer; allowed: a folder or Hub id with a modules.json."
         )
@@ -434,7 +436,7 @@ def app_from_environment() -> FastAPI:
     _forget_dead_workers()
     values = json.loads(os.environ[_ENVIRONMENT])
     settings = Settings(**{**values, "dimensions": tuple(values["dimensions"])})
-    return create_app(sentence.load(settings.model), settings)
+    return create_app(load_model_or_graph(settings.model), settings)
 
 
 def _forget_dead_workers() -> None:

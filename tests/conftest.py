@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 from hagmoe_hf import HagMoeConfig, upcycle
 from hagmoe_hf.demo import parent_folder, read_corpus
+from hagmoe_hf.sentence import encoder_of
 
 TINY = {
     "vocab_size": 99,
@@ -31,6 +32,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 MODES = {
     "groups by sequence": {},
     "groups by token": {"group_routing": "token"},
+    "groups by word embeddings": {"group_input": "word_embeddings"},
     "two open groups": {"topk_group": 2},
     "flat token router": {"n_group": 1},
     "sequence router": {"n_group": 8},
@@ -127,6 +129,16 @@ def tiny_parent(tmp_path_factory, corpus) -> Path:
     BertModel(BertConfig(**{**TINY, "vocab_size": len(tokenizer)})).save_pretrained(encoder)
     SentenceTransformer(str(encoder), device="cpu").save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_parent, corpus, tmp_path_factory):
+    """(mixture, folder, report) of an export with int8; all experts of the mixture differ."""
+    from hagmoe_hf.export import export
+
+    mixture, folder = upcycle(str(tiny_parent)), tmp_path_factory.mktemp("exported") / "mixture"
+    spread(encoder_of(mixture), scale=0.2)
+    return mixture, folder, export(mixture, folder, corpus[:60], int8=True)
 
 
 @pytest.fixture(scope="session")

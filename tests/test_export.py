@@ -1,14 +1,11 @@
-"""Exported graphs, and the SentenceTransformer around them."""
+"""What `export` writes, checked against torch."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import MODES, SHAPES, TINY, spread, tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
@@ -53,13 +50,6 @@ def make_mixture(tiny_parent, tmp_path_factory, corpus):
         return SentenceTransformer(str(folder), device="cpu")
 
     return make
-
-
-@pytest.fixture(scope="module")
-def exported(make_mixture, corpus, tmp_path_factory):
-    """(mixture, folder, report) of an export with int8."""
-    mixture, folder = make_mixture(), tmp_path_factory.mktemp("exported") / "out"
-    return mixture, folder, export(mixture, folder, corpus[:60], int8=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -130,18 +120,6 @@ def test_the_experts_are_int8_and_the_gates_are_not(exported):
     assert report.megabytes[INT8_FILE] < report.megabytes[FLOAT_FILE]
 
 
-def test_a_loaded_graph_encodes_like_its_mixture(exported, corpus):
-    """It is what people deploy."""
-    mixture, folder, _ = exported
-    texts, vectors = corpus[:40], mixture.encode(corpus[:40])
-    assert np.abs(load(folder, threads=1).encode(texts) - vectors).max() <= 1e-5
-    assert not np.array_equal(load(folder, INT8_FILE, threads=1).encode(texts), vectors)
-    assert np.array_equal(SentenceTransformer(str(folder), device="cpu").encode(texts), vectors), (
-        "the torch model is there, too"
-    )
-    assert json.loads((folder / "export_report.json").read_text())["int8_share"] > 0.95
-
-
 @pytest.mark.parametrize("apart", [False, True])
 def test_int8_rounds_and_does_nothing_worse(apart, make_mixture, corpus, tmp_path):
     """With equal experts no choice matters, so what is left is rounding: small for every text on every CPU.
@@ -164,38 +142,6 @@ def test_int8_rounds_and_does_nothing_worse(apart, make_mixture, corpus, tmp_pat
     if not apart:
         assert cosines.min() > 0.999
         assert report.checks[INT8_FILE].smallest_cosine > 0.99
-
-
-def test_a_cpu_whose_sums_overflow_is_warned_of(exported, monkeypatch):
-    """Wrong vectors would come without a word."""
-    monkeypatch.setattr(export_room, "_lacks_vnni", lambda: True)
-    with pytest.warns(UserWarning, match="no VNNI.*reduce_range=True"):
-        load(exported[1], INT8_FILE, threads=1)
-
-
-@settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=9), left=st.booleans())
-def test_texts_of_about_equal_length_run_together(lengths, left):
-    """Every token in exactly one part, and little padding in any."""
-    mask = np.arange(90) < np.array(lengths)[:, None]
-    mask = mask[:, ::-1] if left else mask
-    seen = np.zeros(mask.shape, dtype=int)
-    for rows, columns in export_room.parts_of_similar_length(mask):
-        seen[rows, columns] += 1
-        part = mask[rows, columns]
-        longest, shortest = part.sum(1).max(), part.sum(1).min()
-        assert longest <= export_room.SHORT_TEXT or shortest >= export_room.LEAST_EQUAL * longest
-    assert (seen[mask] == 1).all()
-    assert seen.max() <= 1
-
-
-def test_two_graphs_of_one_mixture_are_two_models_for_the_evaluation(exported):
-    """Otherwise int8 would get the scores of float32."""
-    pytest.importorskip("mteb")
-    from hagmoe_hf.sentence import fingerprint
-
-    _, folder, _ = exported
-    assert fingerprint(load(folder)) != fingerprint(load(folder, INT8_FILE))
 
 
 def test_an_export_leaves_the_model_as_it_was(exported):
@@ -233,11 +179,6 @@ def test_what_cannot_be_exported_is_named(options, message, tiny_parent, corpus,
     with pytest.raises(ValueError, match=message):
         export(out=tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_graph_is_named(exported):
-    with pytest.raises(FileNotFoundError, match=r"none\.onnx is no file"):
-        load(exported[1], "none.onnx")
 
 
 def test_the_command_exports_and_says_how_exact(exported, corpus, tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ class Contestant:
     def load(self) -> Any:
         """The `SentenceTransformer`, on CPU."""
         if self.file_name is not None:
-            from ..export import load
+            from ..graphs import load
 
             return load(self.folder, self.file_name, threads=torch.get_num_threads())
         options = {} if self.experts is None else {"experts_implementation": self.experts}

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import sentence
 from ..files import new_file, write_text
+from ..graphs import load_model_or_graph
 from .shards import SHARD_ROWS, Plan, Shard, plan, read_rows
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def encode(
     Under `accelerate launch` the processes share the shards. Memory holds one shard per process.
 
     Args:
-        model: A `SentenceTransformer`, or its folder or Hub id; with a name, each process loads it to its own device.
+        model: A `SentenceTransformer`, its folder or Hub id, or an exported graph ("OUT/onnx/model.onnx"), which runs on the
+            CPU; with a name, each process loads it to its own device.
         sources: .parquet, .jsonl or .csv files, or folders of them, all with one ending; folders are walked by name.
         out: A new folder, or one that an earlier run with the same model and input wrote.
         column: The texts; a missing one gets a missing vector.
@@ -124,7 +126,7 @@ def load(
     """The model as `encode` wants it.
 
     Args:
-        model: A `SentenceTransformer`, or its folder or Hub id.
+        model: A `SentenceTransformer`, its folder or Hub id, or an exported graph.
         max_seq_length: Tokens after which a text is cut, set on the model; its own by default.
         device: Where to load it.
 
@@ -132,7 +134,7 @@ def load(
         ValueError: `max_seq_length` is more than the model can read.
     """
     if isinstance(model, str):
-        model = sentence.load(model, device=device)
+        model = load_model_or_graph(model, device)
     if max_seq_length is not None:
         longest = model.max_seq_length
         if max_seq_length < 1 or (longest is not None and max_seq_length > longest):

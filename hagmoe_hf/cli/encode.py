@@ -9,7 +9,7 @@ from ..bulk import SHARD_ROWS
 
 
 def encode(
-    model: Annotated[str, typer.Argument(help="Local folder or Hub id of a SentenceTransformer.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a SentenceTransformer, or FOLDER/onnx/model.onnx.")],
     sources: Annotated[list[str], typer.Argument(help=".parquet, .jsonl or .csv files, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the shards; run again to resume.")],
     column: Annotated[str, typer.Option(help="Of the texts.")] = "text",
@@ -39,3 +39,4 @@ def encode(
         show_progress_bar=True,
     )
     PartialState().print(f"{report}\nWritten: {out}/shards")  # one process reports
+    PartialState().destroy_process_group()  # one that is alive at a rank's exit may abort it, its work done

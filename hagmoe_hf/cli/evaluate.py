@@ -30,7 +30,7 @@ class SpacedLists(TyperCommand):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Local folder or Hub id; comes before the options.")],
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, or FOLDER/onnx/model.onnx; comes before the options.")],
     against: Annotated[
         list[str] | None, typer.Option(help="Models to compare with, or bm25; differences are to the first.")
     ] = None,

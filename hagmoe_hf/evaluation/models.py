@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import sentence
+from ..graphs import load_model_or_graph, split_name
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,7 +42,7 @@ def load(name: str) -> Candidate:
     """Load a model to evaluate.
 
     Args:
-        name: A local folder, a Hub id, or "bm25".
+        name: A local folder, a Hub id, an exported graph ("OUT/onnx/model.onnx"), or "bm25".
 
     Raises:
         ImportError: An optional package is missing; the message names what to install.
@@ -49,7 +50,9 @@ def load(name: str) -> Candidate:
     """
     if name == BM25:
         return _bm25()
-    return candidate(sentence.load(name), Path(os.path.abspath(name)).name if os.path.isdir(name) else name)
+    folder, graph = split_name(name)
+    label = Path(os.path.abspath(folder)).name if os.path.isdir(folder) else name
+    return candidate(load_model_or_graph(name), f"{label}-{graph}" if graph else label)
 
 
 def candidate(model: "SentenceTransformer", label: str) -> Candidate:

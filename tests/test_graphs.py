@@ -1,0 +1,92 @@
+"""Exported graphs as SentenceTransformers, and in the commands that take a model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("transformers.exporters.quantizers")
+
+from hagmoe_hf import graphs
+from hagmoe_hf.graphs import INT8_FILE, load
+
+
+def test_a_loaded_graph_encodes_like_its_mixture(exported, corpus):
+    """It is what people deploy."""
+    mixture, folder, _ = exported
+    texts, vectors = corpus[:40], mixture.encode(corpus[:40])
+    assert np.abs(load(folder, threads=1).encode(texts) - vectors).max() <= 1e-5
+    assert not np.array_equal(load(folder, INT8_FILE, threads=1).encode(texts), vectors)
+    assert np.array_equal(SentenceTransformer(str(folder), device="cpu").encode(texts), vectors), (
+        "the torch model is there, too"
+    )
+    assert json.loads((folder / "export_report.json").read_text())["int8_share"] > 0.95
+
+
+def test_a_cpu_whose_sums_overflow_is_warned_of(exported, monkeypatch):
+    """Wrong vectors would come without a word."""
+    monkeypatch.setattr(graphs, "_lacks_vnni", lambda: True)
+    with pytest.warns(UserWarning, match="no VNNI.*reduce_range=True"):
+        load(exported[1], INT8_FILE, threads=1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=9), left=st.booleans())
+def test_texts_of_about_equal_length_run_together(lengths, left):
+    """Every token in exactly one part, and little padding in any."""
+    mask = np.arange(90) < np.array(lengths)[:, None]
+    mask = mask[:, ::-1] if left else mask
+    seen = np.zeros(mask.shape, dtype=int)
+    for rows, columns in graphs.parts_of_similar_length(mask):
+        seen[rows, columns] += 1
+        part = mask[rows, columns]
+        longest, shortest = part.sum(1).max(), part.sum(1).min()
+        assert longest <= graphs.SHORT_TEXT or shortest >= graphs.LEAST_EQUAL * longest
+    assert (seen[mask] == 1).all()
+    assert seen.max() <= 1
+
+
+def test_two_graphs_of_one_mixture_are_two_models_for_the_evaluation(exported):
+    """Otherwise int8 would get the scores of float32."""
+    pytest.importorskip("mteb")
+    from hagmoe_hf.sentence import fingerprint
+
+    _, folder, _ = exported
+    assert fingerprint(load(folder)) != fingerprint(load(folder, INT8_FILE))
+
+
+def test_a_missing_graph_is_named(exported):
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx is no file"):
+        load(exported[1], "none.onnx")
+
+
+def test_a_graphs_path_is_a_name_for_commands(exported, corpus, tmp_path, monkeypatch):
+    """Whoever exported a model for its speed wants to serve it, encode a corpus with it, and know what it is worth."""
+    mixture, folder, _ = exported
+    graph = folder / "onnx" / INT8_FILE
+    monkeypatch.chdir(folder / "onnx")
+    for name in (str(graph), graph.name):
+        assert graphs.split_name(name) == (str(folder), INT8_FILE)
+    vectors = graphs.load_model_or_graph(str(graph)).encode(corpus[:8])
+    assert np.array_equal(vectors, load(folder, INT8_FILE).encode(corpus[:8]))
+    assert np.array_equal(graphs.load_model_or_graph(str(folder)).encode(corpus[:8]), mixture.encode(corpus[:8]))
+
+
+@pytest.mark.parametrize("name", ["onnx/none.onnx", "elsewhere.onnx"])
+def test_a_path_that_is_no_graph_is_refused(name, exported, tmp_path):
+    Path(tmp_path / "elsewhere.onnx").touch()
+    with pytest.raises(FileNotFoundError, match=r"is no graph; allowed: FOLDER/onnx/model.onnx, as `hagmoe export`"):
+        graphs.load_model_or_graph(str(tmp_path / name))
+
+
+def test_a_graph_computes_with_as_many_threads_as_torch(exported, monkeypatch):
+    """Workers of a server share the cores by OMP_NUM_THREADS, which ONNX Runtime does not read."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert load(exported[1])[0].model.session.get_session_options().intra_op_num_threads == 1
