@@ -38,6 +38,9 @@ LARGEST_GAP = 20.0
 LEAST_SPREAD = 1e-4
 
 RIDGE = 1e-3  # part of the inputs' mean variance
+# Share of the preserved texts that open the first group, with whatever texts the gates are as unsure of; of the other
+# texts that may take so many
+KEPT, TAKEN = 0.99, 0.25
 PRESERVED = -1  # in place of the number of an item
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
@@ -162,6 +165,7 @@ def _router_inputs(
     batches = [tokenize(texts[first : first + BATCH_SIZE]) for first in range(0, len(texts), BATCH_SIZE)]
     share = MOST_TOKENS / sum(int(batch["attention_mask"].sum()) for batch in batches)
     encoder = cast(HagMoeModel, mixture.base_model)
+    words_alone = mixture.config.group_input == "word_embeddings" and mixture.config.experts_per_group == 1
     seen = {
         cast(HagMoeRouter, cast(Any, encoder.layers[layer]).mlp.router): _Seen([], [], [], [])
         for layer in mixture.config.sparse_layers
@@ -169,14 +173,16 @@ def _router_inputs(
 
     def look(router: HagMoeRouter, inputs: tuple) -> None:
         states, mask, packing, mine = inputs[0].float(), inputs[1], inputs[2], seen[router]
+        group_states = states if inputs[3] is None else inputs[3].float()
         if packing is None:
             mask = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
-            states_TD, owner_T = states.cpu()[mask], torch.nonzero(mask)[:, 0]
+            owner_T = torch.nonzero(mask)[:, 0]
         else:  # the encoder has left the padding out already
-            states_TD, owner_T = states.flatten(0, 1).cpu(), packing.sequence_index.flatten().cpu()
+            mask, owner_T = torch.ones(states.shape[:2], dtype=torch.bool), packing.sequence_index.flatten().cpu()
+        states_TD, group_states_TD = states.cpu()[mask], group_states.cpu()[mask]
         query = torch.zeros(states.shape[-1]) if router.attention_query is None else router.attention_query.float().cpu()
         texts_of_batch = Packing(owner_T.unsqueeze(0), int(owner_T[-1]) + 1, True)
-        pooled_TD = attention_pool_packed(states_TD.unsqueeze(0), query, texts_of_batch)[0]
+        pooled_TD = attention_pool_packed(group_states_TD.unsqueeze(0), query, texts_of_batch)[0]
         is_sampled_T = torch.rand(len(owner_T), generator=generator) < share
         mine.owners.append(owner_T[is_sampled_T] + sum(map(len, mine.pooled)))
         mine.tokens.append(states_TD[is_sampled_T])
@@ -188,7 +194,13 @@ def _router_inputs(
     mixture.eval()
     try:
         for batch in tqdm(batches, desc="Calibrating", leave=False):
-            encoder(**{name: batch[name].to(mixture.device) for name in ("input_ids", "attention_mask")})
+            inputs = {name: batch[name].to(mixture.device) for name in ("input_ids", "attention_mask")}
+            if words_alone:  # what the layers would make of them is seen by nobody
+                words = encoder.embeddings.word_embeddings(inputs["input_ids"])
+                for router in seen:
+                    look(router, (words, inputs["attention_mask"] != 0, None, words))
+            else:
+                encoder(**inputs)
     finally:
         mixture.train(was_training)
         for hook in hooks:
@@ -214,9 +226,12 @@ def _start_router(
             others = ~is_preserved_N
             keys_GD, bias_G = _gate(inputs_ND[others], weights_N[others], groups - 1, generator, item_N[others])
             first_D, left_out_N = _parting_key(inputs_ND, is_preserved_N)
-            opens_first_N = left_out_N > (inputs_ND @ keys_GD.T).amax(-1)
+            ahead_N = left_out_N - (inputs_ND @ keys_GD.T + bias_G).amax(-1)
+            kept, taken = ahead_N[is_preserved_N].quantile(1 - KEPT), ahead_N[~is_preserved_N].quantile(1 - TAKEN)
+            first_bias = (-torch.maximum(kept, taken)).clamp(min=0)
+            opens_first_N = ahead_N + first_bias >= 0
             keys_GD = torch.cat([first_D.unsqueeze(0), keys_GD])
-            bias_G = torch.cat([torch.zeros(1), bias_G])
+            bias_G = torch.cat([first_bias.unsqueeze(0), bias_G])
         else:
             keys_GD, bias_G = _gate(inputs_ND, weights_N, groups, generator, item_N if by_text else None)
         router.group_gate.weight.copy_(keys_GD)

@@ -98,6 +98,8 @@ class HagMoeConfig(PreTrainedConfig):
         n_group (`int`): Expert groups G, a divisor of `num_experts`; 1 gives a plain token router.
         topk_group (`int`): Groups that stay open for a sequence (or a token).
         group_routing (`str`): Who opens groups: "sequence" (one choice for all tokens of a text) or "token".
+        group_input (`str`): What a text's groups are chosen from: "hidden_states", those of the layer, or "word_embeddings",
+            so that the choice stays while the layers below learn; needs groups that are opened by text.
         combine_rule (`str`): Weight of a chosen expert whose probability is p. "selection": 1/K in the forward pass, with
             the gradient of p; "softmax": p; "normalized": p over the sum of the chosen ones' (needs
             K > 1, and one group or more than one open group).
@@ -196,6 +198,7 @@ class HagMoeConfig(PreTrainedConfig):
     n_group: int = 4
     topk_group: int = 1
     group_routing: Literal["sequence", "token"] = "sequence"
+    group_input: Literal["hidden_states", "word_embeddings"] = "hidden_states"
     combine_rule: Literal["selection", "softmax", "normalized"] = "selection"
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
@@ -384,11 +387,13 @@ class HagMoeConfig(PreTrainedConfig):
             self.topk_group,
             f"between 1 and n_group={self.n_group}",
         )
+        by_text = self.group_routing == "sequence"
         if self.preserve_first_group:
             _require(self.n_group > 1, "n_group", self.n_group, "2 or more with preserve_first_group=True")
             _require(self.topk_group == 1, "topk_group", self.topk_group, "1 with preserve_first_group=True")
-            by_text = self.group_routing == "sequence"
             _require(by_text, "group_routing", self.group_routing, "'sequence' with preserve_first_group=True")
+        if self.group_input == "word_embeddings":
+            _require(by_text, "group_routing", self.group_routing, "'sequence' with group_input='word_embeddings'")
         open_experts = self.topk_group * self.experts_per_group
         _require(
             1 <= self.num_experts_per_tok <= open_experts,

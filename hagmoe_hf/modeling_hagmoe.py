@@ -421,14 +421,24 @@ class HagMoeRouter(nn.Module):
                 setattr(self, name, bias.to(moved.device))
         return self
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None = None) -> Routing:
-        """Route (B, L, D) hidden states; `token_mask` (B, L) bool is True at real tokens, None when all are."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_mask: Tensor | None,
+        packing: Packing | None = None,
+        group_states: Tensor | None = None,
+    ) -> Routing:
+        """Route (B, L, D) hidden states; `token_mask` (B, L) bool is True at real tokens, None when all are.
+
+        Groups are chosen from `group_states` (B, L, D) where they are given.
+        """
         config = self.config
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             states = hidden_states.float()
             group_logits = expert_logits = None
             if self.group_gate is not None:
-                group_logits = self.group_gate(self._group_input(states, token_mask, packing))
+                seen = states if group_states is None else group_states.float()
+                group_logits = self.group_gate(self._group_input(seen, token_mask, packing))
             if self.expert_gate is not None:
                 expert_logits = self.expert_gate(states)
             elif group_logits is not None:
@@ -528,9 +538,15 @@ class HagMoeSparseMLP(nn.Module):
         """Copies and pickles leave the observer behind: it knows the trainer, which cannot be pickled."""
         return {**self.__dict__, "routing_observer": None}
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_mask: Tensor | None,
+        packing: Packing | None = None,
+        group_states: Tensor | None = None,
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D); `token_mask` (B, L) bool is True at real tokens, None when all are."""
-        routing = self.router(hidden_states, token_mask, packing)
+        routing = self.router(hidden_states, token_mask, packing, group_states)
         flat_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B*L, D)
         held = self.router.config.experts_per_group if self.router.config.preserve_first_group else 0
         routed = run_experts(self.experts, flat_states, routing.expert_index, routing.expert_weight, held)
@@ -567,6 +583,7 @@ class HagMoeLayer(GradientCheckpointingLayer):
         rotation: tuple[Tensor, Tensor] | None = None,
         packing: Packing | None = None,
         real_tokens: RealTokens | None = None,
+        group_states: Tensor | None = None,
         **flash_kwargs,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D). `attention_mask` is whatever the attention function wants, `token_mask` (B, L) bool."""
@@ -576,7 +593,7 @@ class HagMoeLayer(GradientCheckpointingLayer):
         if not self.norms_first:
             hidden_states = self.attention_norm(hidden_states)
         mlp_input = self.mlp_norm(hidden_states) if self.norms_first else hidden_states
-        mlp_output = self.mlp(mlp_input, token_mask, packing) if self.is_sparse else self.mlp(mlp_input)
+        mlp_output = self.mlp(mlp_input, token_mask, packing, group_states) if self.is_sparse else self.mlp(mlp_input)
         hidden_states = hidden_states + self.mlp_dropout(mlp_output)
         return hidden_states if self.norms_first else self.mlp_norm(hidden_states)
 
@@ -860,6 +877,7 @@ class HagMoeModel(HagMoePreTrainedModel):
                 rotations.get(layer.layer_type),
                 packing,
                 real_tokens,
+                word_states if self.config.group_input == "word_embeddings" else None,
                 **flash_kwargs,
             )
         if self.final_norm is not None:

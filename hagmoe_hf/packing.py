@@ -156,6 +156,7 @@ def _start(config: HagMoeConfig, parent: Any) -> dict[str, Tensor]:
         num_experts_per_tok=config.num_experts_per_tok,
         shared_expert_fraction=shared / config.intermediate_size,
         group_routing=config.group_routing,
+        group_input=config.group_input,
         combine_rule=config.combine_rule,
     )
     return {name: tensor.detach().cpu() for name, tensor in sentence.encoder_of(mixture).state_dict().items()}

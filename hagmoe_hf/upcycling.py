@@ -117,6 +117,7 @@ def upcycle(
     topk_group: int = 1,
     shared_expert_fraction: float | None = None,
     group_routing: str = "sequence",
+    group_input: str | None = None,
     combine_rule: str = "selection",
     calibration_texts: Iterable[str | Sequence[str]] | None = None,
     ngram_texts: Iterable[str | Sequence[str]] | None = None,
@@ -144,6 +145,8 @@ def upcycle(
         shared_expert_fraction: Share of the parent's feed-forward neurons that every token keeps passing, in [0, 1),
             rounded to a multiple of 8 neurons.
         group_routing: "sequence" or "token": who opens groups.
+        group_input: What a text's groups are chosen from: "hidden_states", those of the layer, or "word_embeddings", so that
+            the choice stays while the layers below learn. Where not given, the latter with `preserved_texts`.
         combine_rule: "selection" or "normalized"; "softmax" weights do not sum to 1 and could not reproduce the parent.
         calibration_texts: Texts like those that the mixture is for, some hundreds from every domain and language: the gates
             start from them, so that groups are evenly loaded from the first step on. Texts that belong together, such as a
@@ -158,9 +161,10 @@ def upcycle(
             beginnings of some of them may take such a row as well, which stays 0.
         preserved_texts: Texts whose vectors are to stay the parent's while the mixture learns others, such as those in its
             language while it learns more languages; some thousands. The first group becomes theirs: its gate starts from
-            them, and no gradient reaches its experts. N-grams that occur in them get no row in the memory. Everything else
-            that they pass is frozen (`requires_grad`), which leaves the memory and the other groups' experts to learn.
-            Needs `calibration_texts` or `ngram_texts`, those of the others. Where None, all may change.
+            them and leaves it what it is unsure of, and no gradient reaches its experts. N-grams that occur in them get no
+            row in the memory. Everything else that they pass is frozen (`requires_grad`), which leaves the memory and the
+            other groups' experts to learn. Needs `calibration_texts` or `ngram_texts`, those of the others. Where None, all
+            may change.
         seed: Seed of the new routers' weights, and of the calibration.
         allow_key_mismatch: Whether a checkpoint may hold weights that its class has no place for, or lack some that then
             stay random. A path or Hub id only.
@@ -188,12 +192,15 @@ def upcycle(
         num_experts = n_group * num_experts_per_tok if preserves and has_groups else 8
     if shared_expert_fraction is None:
         shared_expert_fraction = 0.0 if preserves else 0.5
+    if group_input is None:
+        group_input = "word_embeddings" if preserves else "hidden_states"
     options: dict[str, Any] = {
         "n_group": n_group,
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "topk_group": topk_group,
         "group_routing": group_routing,
+        "group_input": group_input,
         "combine_rule": combine_rule,
         "preserve_first_group": preserves,
     }

@@ -1,6 +1,7 @@
 """Arms that learn languages: what stays, what learns slowly, and where their translations and words come from."""
 
 import dataclasses
+import json
 import shutil
 
 import pandas as pd
@@ -85,6 +86,23 @@ def test_a_memory_may_start_from_words_that_nothing_is_trained_on(prepared, tmp_
     own, others = (set(texts) for texts in inputs.texts_by_language(folder, "en", words=True))
     assert {"1", "2"} <= own
     assert "bc" in others
+
+
+def test_translations_alone_may_tell_languages(prepared, tmp_path, monkeypatch):
+    """As in `hagmoe train`, to which nobody says in what languages other domains are."""
+    monkeypatch.setattr(inputs, "TRANSLATED", ("lexical",))
+    folder = tmp_path / "inputs"  # n-grams are kept by folder
+    shutil.copytree(prepared, folder)
+    texts = json.loads((folder / "calibration/lexical.json").read_text(encoding="utf-8"))
+    own, others = inputs.texts_by_language(folder, "en", translated=True)
+    assert set(texts[: len(texts) // 2]) <= set(own)
+    assert set(own + others) == set(texts)
+    assert others
+    rows = [set(spell_ngrams(inputs.training_ngrams(folder, 1000, 4, "en", translated=only)[0])) for only in (False, True)]
+    assert rows[1]
+    assert rows[1] != rows[0]
+    lexical = inputs.training_translations(folder)[1][0]
+    assert {token for ngram in rows[1] for token in ngram} <= set(lexical.tolist())
 
 
 def test_experts_may_stay_where_all_else_learns(prepared, pairs, dev, tmp_path):

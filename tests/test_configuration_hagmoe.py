@@ -39,6 +39,7 @@ IMPOSSIBLE = {
     "num_experts": {"num_experts": 1, "n_group": 1},
     "n_group": {"n_group": 3},
     "topk_group": {"topk_group": 5},
+    "group_routing": {"group_routing": "token", "group_input": "word_embeddings"},
     "num_experts_per_tok": {"num_experts_per_tok": 3},
     "combine_rule": {"combine_rule": "normalized"},
     "moe_intermediate_size": {"moe_intermediate_size": 12},

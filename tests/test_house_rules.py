@@ -37,6 +37,7 @@ RANKS = {
     "upcycling": 3,
     "evaluation": 4,
     "export": 4,
+    "graphs": 1,
     "training": 4,
     "analysis": 5,
     "bulk": 5,

@@ -80,6 +80,16 @@ def test_texts_that_were_not_seen_open_the_right_group(mixture, languages):
     assert "of the preserved texts open the first group in every layer" in str(mixture.upcycling_report)
 
 
+def test_what_gates_are_unsure_of_opens_the_first_group(real_parent, languages):
+    """Single words look alike in many languages: those of the preserved one stay in it, were there few to start from."""
+    words = sorted({word for text in languages["en"] for word in text.lower().split() if word.isalpha()})
+    preserved = [*languages["en"][::2], *words[:200:2]]
+    model = upcycle(real_parent, sparse_layers=[0], preserved_texts=preserved, calibration_texts=languages["fr"][::2])
+    french = {word for text in languages["fr"] for word in text.lower().split()}
+    assert first_groups(model, [word for word in words[1:600:2] if word not in french]).mean() > 0.95
+    assert first_groups(model, languages["fr"][1:160:2]).mean() < 0.1
+
+
 def test_training_leaves_preserved_texts_bit_for_bit(real_parent, languages):
     """Whoever has an index of English vectors need not make it again, though English texts were among those trained on."""
     model = upcycle(real_parent, ngram_texts=languages["fr"][::2], preserved_texts=languages["en"][::2])
@@ -100,6 +110,22 @@ def test_training_leaves_preserved_texts_bit_for_bit(real_parent, languages):
         up = sentence.encoder_of(model).layers[layer].mlp.experts.up_proj
         assert torch.equal(up[0], dense[f"encoder.layer.{layer}.intermediate.dense.weight"])
         assert not torch.equal(up[1], up[0])
+
+
+@pytest.mark.parametrize(("group_input", "stays"), [(None, True), ("hidden_states", False)])
+def test_groups_stay_while_the_layers_below_learn(group_input, stays, real_parent, languages):
+    """States drift as one while a model learns: gates that read them came to send nearly all texts to one group."""
+    english, french = languages["en"], languages["fr"]
+    kinds = {"preserved_texts": english[:1000:2], "calibration_texts": french[:1000:2]}
+    model = upcycle(real_parent, **kinds, sparse_layers=[2], group_input=group_input)
+    freeze_preserved(model, experts_only=True)
+    texts = english[1:60:2] + french[1:60:2]
+    before = first_groups(model, texts)
+    assert before[:30].mean() > 0.9 > 0.1 > before[30:].mean()
+    encoder = sentence.encoder_of(model)
+    with torch.no_grad():  # a drift that every text shares
+        encoder.layers[2].attention_norm.bias += torch.linspace(-1, 1, encoder.config.hidden_size)
+    assert np.array_equal(first_groups(model, texts), before) == stays
 
 
 def test_a_reloaded_mixture_can_be_frozen_again(mixture, tmp_path):

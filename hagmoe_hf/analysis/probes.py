@@ -111,7 +111,7 @@ def token_views(model: "SentenceTransformer", texts: list[str], *, prompt: str |
 
 def _see_gate(weights: list[np.ndarray], router: HagMoeRouter, inputs: tuple) -> None:
     """Before a router's forward pass over one text: the weights of `routing_hagmoe.attention_pool`."""
-    states = inputs[0].float()
+    states = (inputs[0] if inputs[3] is None else inputs[3]).float()
     scores = states @ cast(torch.Tensor, router.attention_query).float() * states.shape[-1] ** -0.5
     weights.append(scores.softmax(dim=-1)[0].cpu().numpy())
 

@@ -94,6 +94,10 @@ def upcycle(
         typer.Option(help="Share of the neurons that every token passes; by default 0.5, or 0 with --preserved-texts."),
     ] = None,
     group_routing: Annotated[Literal["sequence", "token"], typer.Option(help="Who opens groups.")] = "sequence",
+    group_input: Annotated[
+        Literal["hidden_states", "word_embeddings"] | None,
+        typer.Option(help="What a text's groups are chosen from; by default word embeddings with --preserved-texts."),
+    ] = None,
     combine_rule: Annotated[Literal["selection", "normalized"], typer.Option(help="Weights of the experts.")] = "selection",
     calibration_texts: Annotated[
         Path | None,
@@ -137,6 +141,7 @@ def upcycle(
             topk_group=topk_group,
             shared_expert_fraction=shared_expert_fraction,
             group_routing=group_routing,
+            group_input=group_input,
             combine_rule=combine_rule,
             calibration_texts=None if calibration_texts is None else _items(calibration_texts),
             ngram_texts=remembered,

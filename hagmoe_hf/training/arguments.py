@@ -115,6 +115,13 @@ class TrainOptions:
     group_routing: str = field(
         default="sequence", metadata=_help("Upcycling: who opens groups.", choices=("sequence", "token"))
     )
+    group_input: str | None = field(
+        default=None,
+        metadata=_help(
+            "Upcycling: what a text's groups are chosen from; by default word embeddings where texts stay.",
+            choices=("hidden_states", "word_embeddings"),
+        ),
+    )
     combine_rule: str = field(
         default="selection", metadata=_help("Upcycling: weights of experts.", choices=("selection", "normalized"))
     )
@@ -156,6 +163,13 @@ class TrainOptions:
         metadata=_help(
             "Upcycling: as preserve, but only the experts and the gates of such texts stay: their vectors move little, and "
             "the others learn more."
+        ),
+    )
+    preserve_where: str | None = field(
+        default=None,
+        metadata=_help(
+            "With preserve or preserve_experts: COLUMN=VALUE, such as lang=en, of rows whose texts are of the kind that "
+            "stays; those of other rows are not. Translations speak for themselves."
         ),
     )
     preserved_rate: float = field(
@@ -251,6 +265,12 @@ class TrainOptions:
         _require(self.fit_translations or not given, "dictionaries", given, "none without fit_translations=True")
         if self.preserve and self.preserve_experts:
             _require(False, "preserve_experts", True, "False with preserve=True, which keeps more")
+        told = self.preserve_where
+        _require(told is None or self.preserves, "preserve_where", told, "None without preserve or preserve_experts")
+        _require(told is None or ("=" in told and not _excludes(told)), "preserve_where", told, "COLUMN=VALUE")
+        _require(
+            told is None or not self.calibration_rows, "calibration_rows", self.calibration_rows, "0 with preserve_where"
+        )
         rate = self.preserved_rate
         _require(0 <= rate <= 1, "preserved_rate", rate, "a number from 0 to 1")
         _require(self.preserve_experts or not rate, "preserved_rate", rate, "0 without preserve_experts=True")
@@ -329,7 +349,7 @@ class TrainOptions:
     def upcycling(self) -> dict[str, Any]:
         """The options of `upcycle`."""
         names = ("n_group", "num_experts", "num_experts_per_tok", "topk_group", "shared_expert_fraction")
-        options = {name: getattr(self, name) for name in (*names, "group_routing", "combine_rule")}
+        options = {name: getattr(self, name) for name in (*names, "group_routing", "group_input", "combine_rule")}
         return {"sparse_layers": self.sparse_layers, **options}
 
 

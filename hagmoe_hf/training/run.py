@@ -1,7 +1,8 @@
 """The train command: from options to a folder that holds a model."""
 
+import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,9 @@ BASE_FOLDER = "base"  # what adapters are for, where the model was upcycled in t
 def main(arguments: list[str]) -> None:
     """Train as the command line says; a mistake raises what `parse` and `train` raise."""
     train(*parse(arguments))
+    # A process group that is alive at a rank's exit may abort it, its model written; what trained holds it, in cycles
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def train(options: TrainOptions, arguments: SentenceTransformerTrainingArguments) -> Path:
@@ -215,15 +219,20 @@ def _train_embeddings(
 
 
 def _load_data(
-    options: TrainOptions, arguments: SentenceTransformerTrainingArguments, sources: list[str], max_rows: int | None
+    options: TrainOptions,
+    arguments: SentenceTransformerTrainingArguments,
+    sources: list[str],
+    max_rows: int | None,
+    where: Mapping[str, str] | None = None,
 ) -> tuple[DatasetDict, DataReport]:
+    """Rows as the options want them, and as `where` does."""
     kind = LOSSES[options.loss]
     return load_rows(
         sources,
         options.columns or kind.columns,
         label_column=(options.label_column or "label") if kind.needs_label else None,
         domain_column=options.domain_column,
-        where=options.conditions,
+        where={**options.conditions, **(where or {})},
         where_not=options.exclusions,
         split=options.train_split,
         max_rows=max_rows,
@@ -269,20 +278,34 @@ def _refuse_unknown_domains(where: str, named: Mapping[str, Any], train_data: Da
 
 
 def _texts_to_start_from(
-    options: TrainOptions, seed: int, train_data: DatasetDict, translated: list[str], words: list[list[str]]
+    options: TrainOptions,
+    arguments: SentenceTransformerTrainingArguments,
+    train_data: DatasetDict,
+    translated: list[str],
+    words: list[list[str]],
 ) -> dict[str, Any]:
     """The options of `upcycle` that hold texts: what gates and memory start from, and what stays."""
-    # Which texts stay is known where they have translations; of other domains nobody says what language they are in
-    telling = translated if options.preserves and translated else list(train_data)
-    data = {domain: train_data[domain] for domain in telling}
-    found: dict[str, Any] = {"calibration_texts": _calibration_texts(options, seed, data)}
+    # Which texts stay, translations tell, and `preserve_where`; of others nobody says what language they are in
+    is_told = options.preserves and (translated or options.preserve_where)
+    data = {domain: train_data[domain] for domain in (translated if is_told else train_data)}
+    found: dict[str, Any] = {"calibration_texts": _calibration_texts(options, arguments.seed, data)}
     if not options.preserves and not options.ngram_memory_size:
         return found
     rows = [row for texts in data.values() for row in _texts_of(texts)] + words
     first = int(options.preserves)  # column of what is learned
     learned = [text for row in rows for text in row[first:]]
+    kept = [row[0] for row in rows]
+    if options.preserve_where:
+        of_one_kind = {domain: texts for domain, texts in train_data.items() if domain not in translated}
+        column, value = options.preserve_where.split("=", 1)
+        same, _ = _load_data(options, arguments, options.train_data, None, {column: value})
+        staying = dict.fromkeys(text for domain in of_one_kind for row in _texts_of(same.get(domain, ())) for text in row)
+        kept += staying
+        learned += [
+            text for texts in of_one_kind.values() for row in _texts_of(texts) for text in row if text not in staying
+        ]
     if options.preserves:
-        found["preserved_texts"] = [row[0] for row in rows]
+        found["preserved_texts"] = kept
         found["calibration_texts"] = found["calibration_texts"] or learned
     if options.ngram_memory_size:
         found |= {"ngram_texts": learned, "ngram_memory_size": options.ngram_memory_size}
@@ -311,7 +334,7 @@ def _calibration_texts(options: TrainOptions, seed: int, data: Mapping[str, Data
     return items
 
 
-def _texts_of(data: Dataset) -> list[list[str]]:
+def _texts_of(data: Iterable[dict]) -> list[list[str]]:
     return [[text for text in row.values() if isinstance(text, str)] for row in data]
 
 
@@ -328,7 +351,7 @@ def _mixture_to_train(
         if options.max_length is not None:  # so that the gates start from what training sees of a text; checked below
             model.max_seq_length = max(3, options.max_length)
         translated = [domain for domain in train_data if LOSSES[options.loss_of(domain)].first_column_only]
-        texts = _texts_to_start_from(options, arguments.seed, train_data, translated, words)
+        texts = _texts_to_start_from(options, arguments, train_data, translated, words)
         model = upcycle(model, seed=arguments.seed, **texts, **options.upcycling)
         say(arguments, str(model.upcycling_report))
         if options.fit_translations:
@@ -355,6 +378,11 @@ def _mixture_to_train(
         raise ValueError(
             f"{name}=True with model={options.model!r}, a mixture that preserves nothing; allowed: a dense model, or a "
             "mixture that was upcycled with preserved_texts."
+        )
+    if options.bias_update_rate and not sentence.encoder_of(model).config.balance_routing:
+        raise ValueError(
+            f"bias_update_rate={options.bias_update_rate} is not possible with a mixture whose groups are for kinds of text "
+            "(balance_routing=False in its configuration); allowed: 0, or not given."
         )
     if options.lora_rank:
         add_lora(sentence.encoder_of(model), options.lora_rank, options.lora_alpha, options.lora_targets)
