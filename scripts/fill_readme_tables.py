@@ -77,7 +77,7 @@ def ablation() -> str:
 
 def ablation_languages() -> str:
     """The same where an English parent learns other languages."""
-    return _ablation(["ablation/translations/table7.md"])
+    return _ablation([f"ablation/{budget}.md" for budget in ("mixed/table8", "translations/table7")])
 
 
 def _ablation(tables: list[str]) -> str:
@@ -122,11 +122,14 @@ def gpu() -> str:
     if not path.exists():
         return f"Not checked on a GPU yet: {command} does it in one call."
     result = json.loads(path.read_text(encoding="utf-8"))
-    columns = ("padded against sdpa", "packed against padded", "largest state")
-    rows = [f"| attention | dtype | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    columns = ("padded against sdpa", "packed against padded")
+    rows = [f"| attention | dtype | {' | '.join(columns)} | largest state |", "|---|---|---|---|---|"]
     for dtype in ("float32", "bfloat16"):
         for attention, row in result.get(f"attention {dtype}", {}).items():
-            values = [row.get("did not run") or f"{row[key]:.1e}" for key in columns]
+            if "did not run" in row:
+                values = [row["did not run"], "", ""]
+            else:
+                values = [*(_how_far(row[name]) for name in columns), f"{row['largest state']:.1e}"]
             rows.append(f"| {attention} | {dtype} | {' | '.join(values)} |")
     experts = {dtype: result.get(f"grouped_mm against eager {dtype}", {}) for dtype in ("float32", "bfloat16")}
     differences = [
@@ -143,6 +146,17 @@ def gpu() -> str:
     grouped = f"grouped_mm against the eager loop, in one layer: {', '.join(differences) or 'not run'}"
     rows.append(f"\n{result['machine']}; {exact}; {grouped}; {result['date']}.{stale}")
     return "\n".join(rows)
+
+
+def _how_far(difference: dict) -> str:
+    """The largest difference of two runs; beside it that of texts in which every token took the same experts in both."""
+    largest, alike = difference["largest difference"], difference["largest difference in the other texts"]
+    moved = difference["tokens at other experts"]
+    if not moved:
+        return f"{largest:.1e}"
+    return f"{largest:.1e} ({moved:.1%} of tokens at other experts; " + (
+        "in every text)" if alike is None else f"{alike:.1e} in texts without such)"
+    )
 
 
 def gpu_speed() -> str:

@@ -18,6 +18,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where a GPU is, the package need not be installed
 
@@ -34,34 +35,67 @@ TEXTS = 64
 NOISE = 0.2  # of experts moved apart, against the spread of their weights
 
 
-@torch.inference_mode()
-def padded_states(model: PreTrainedModel, batch: dict) -> torch.Tensor:
-    """(real tokens, D) float32 states of a padded batch, text after text."""
-    return model(**batch).last_hidden_state[batch["attention_mask"].bool()].float()
+class Encoded(NamedTuple):
+    """What a model made of the real tokens of some texts, text after text."""
+
+    states: torch.Tensor  # (T, D) float32
+    choices: torch.Tensor  # (sparse layers, T, K) int64, each token's experts
 
 
 @torch.inference_mode()
-def packed_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
-    """(tokens, D) float32 states of the same texts in one row, as sentence-transformers sends them under flash attention."""
+def encoded(model: PreTrainedModel, is_real: torch.Tensor, **inputs: Any) -> Encoded:
+    """Encode a batch; (B, L) bool says which of its tokens are real."""
+    seen: list[torch.Tensor] = []
+    routers = [model.layers[layer].mlp.router for layer in model.config.sparse_layers]
+    hooks = [router.register_forward_hook(lambda *call: seen.append(call[2].expert_index)) for router in routers]
+    states = model(**inputs).last_hidden_state[is_real].float()
+    for hook in hooks:
+        hook.remove()
+    nobody = model.config.num_experts  # at padding, where it was not left out
+    return Encoded(states, torch.stack([index[(index < nobody).all(-1)] for index in seen]))
+
+
+def padded(model: PreTrainedModel, batch: dict) -> Encoded:
+    """A padded batch."""
+    return encoded(model, batch["attention_mask"].bool(), **batch)
+
+
+def packed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Encoded:
+    """The same texts in one row, as sentence-transformers sends them under flash attention."""
     flatten = DataCollatorWithFlattening(return_position_ids=True, return_seq_idx=True, return_flash_attn_kwargs=True)
     rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True)["input_ids"]]
     batch = {name: value for name, value in flatten(rows).items() if name != "labels"}
     batch = {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    return model(**batch).last_hidden_state[0].float()
+    return encoded(model, torch.ones_like(batch["input_ids"], dtype=torch.bool), **batch)
+
+
+def apart(one: Encoded, other: Encoded, text_T: torch.Tensor) -> dict[str, float | None]:
+    """How far two runs lie apart, and how far where a near-tie sent no token of the text to another expert."""
+    difference_T = (one.states - other.states).abs().amax(-1)
+    moved_T = (one.choices != other.choices).any(-1).any(0)
+    moved = torch.zeros(int(text_T.max()) + 1, dtype=torch.bool, device=text_T.device)
+    moved[text_T[moved_T]] = True
+    alike_T = difference_T[~moved[text_T]]
+    return {
+        "largest difference": float(difference_T.max()),
+        "tokens at other experts": float(moved_T.float().mean()),
+        "texts with such": float(moved.float().mean()),
+        "largest difference in the other texts": float(alike_T.max()) if len(alike_T) else None,
+    }
 
 
 def attention_check(folder: str, tokenizer, texts: list[str], device: str, dtype: torch.dtype, attention: str) -> dict:
     """An attention function: padded against sdpa in the same dtype, and packed against padded."""
     batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+    text_T = batch["attention_mask"].nonzero()[:, 0]
     load = partial(HagMoeModel.from_pretrained, folder, dtype=dtype)
-    reference = padded_states(load(attn_implementation="sdpa").to(device).eval(), batch)
+    reference = padded(load(attn_implementation="sdpa").to(device).eval(), batch)
     model = load(attn_implementation=attention).to(device).eval()
-    padded = padded_states(model, batch)
-    packed = packed_states(model, tokenizer, texts)
+    in_rows = padded(model, batch)
     return {
-        "padded against sdpa": float((padded - reference).abs().max()),
-        "packed against padded": float((packed - padded).abs().max()),
-        "largest state": float(reference.abs().max()),
+        "padded against sdpa": apart(in_rows, reference, text_T),
+        "packed against padded": apart(packed(model, tokenizer, texts), in_rows, text_T),
+        "largest state": float(reference.states.abs().max()),
     }
 
 
