@@ -40,6 +40,9 @@ class Arm:
         fitted: Whether the memory starts from translations, by least squares.
         words: Whether it knows those of dictionaries, and starts from their translations, too; nothing is trained on them.
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
+        every_text: Whether its group is started from all texts for calibration, instead of every third.
+        translations_tell: Whether translations and dictionaries alone tell what is in that language, as for `hagmoe train`
+            without `preserve_where`; otherwise every text's language is known.
         all_learn: Whether more learns than the memory and the other groups' experts, where a language is preserved.
         still_experts: Whether the experts of that language stay nevertheless.
         preserved_rate: Factor on their learning rate, beside `expert_rate`, where they do not.
@@ -73,6 +76,8 @@ class Arm:
     fitted: bool = False
     words: bool = False
     preserved: str = ""
+    every_text: bool = False
+    translations_tell: bool = False
     all_learn: bool = False
     still_experts: bool = False
     preserved_rate: float = 1.0
@@ -127,7 +132,11 @@ SUBJECT = Arm(
 
 
 # The parent's blocks whole: one for English, others for other languages
-HOME: Mapping[str, Any] = {"sparse_layers": [0, 1, 2, 3, 4, 5], "shared_expert_fraction": 0.0}
+HOME: Mapping[str, Any] = {
+    "sparse_layers": [0, 1, 2, 3, 4, 5],
+    "shared_expert_fraction": 0.0,
+    "group_input": "hidden_states",
+}
 LANGUAGES = Arm(
     "hag-languages",
     "English keeps the parent's experts, a second group learns other languages, with a memory of their n-grams",
@@ -164,6 +173,24 @@ WORDS = replace(
     expert_rate=2.0,
     frozen_gates=1.0,
     preserved_rate=0.25,
+)
+
+# Groups that stay groups of languages, whatever the layers learn
+STEADY = replace(
+    WORDS,
+    name="hag-steady",
+    about="groups from word embeddings, which do not drift; English experts learn at the dense parent's rate",
+    upcycling={**WORDS.upcycling, "group_input": "word_embeddings"},
+    memory_rate=0.0,
+    preserved_rate=0.5,
+)
+
+# The same, with what its gates are not sure of in the group that is preserved, as `upcycle` starts them now
+SURE = replace(
+    STEADY,
+    name="hag-sure",
+    about="hag-steady, its gates started from more texts, and what they are not sure of opens the English group",
+    every_text=True,
 )
 
 MEMORY: Mapping[str, Any] = {"memory": 65536, "balancing": None}
@@ -365,6 +392,28 @@ TABLES: dict[int, tuple[Arm, ...]] = {
             name="memory-translations",
             about="the parent with that memory alone, which learns on",
             upcycling={"sparse_layers": []},
+        ),
+    ),
+    # The same where English pairs are trained on, too
+    8: (
+        DENSE,
+        replace(
+            WORDS,
+            name="recipe",
+            about="the recipe as it was: groups from hidden states, languages as translations alone tell them; English slow",
+            memory_rate=0.0,
+            translations_tell=True,
+        ),
+        STEADY,
+        replace(STEADY, name="hag-steady-slow", about="the same, English experts at half of that", preserved_rate=0.25),
+        SURE,
+        replace(SURE, name="hag-sure-without-words", about="hag-sure without dictionaries", words=False),
+        replace(
+            SURE,
+            name="memory-mixed",
+            about="the parent with the same memory, without experts: does the mixture matter?",
+            upcycling={"sparse_layers": []},
+            preserved_rate=1.0,
         ),
     ),
 }

@@ -264,7 +264,9 @@ def calibration_pairs(folder: Path, budget: Budget) -> list[tuple[str, str]]:
 
 
 @lru_cache
-def training_ngrams(folder: Path, most: int, order: int, preserved: str = "", words: bool = False) -> tuple[Tensor, Tensor]:
+def training_ngrams(
+    folder: Path, most: int, order: int, preserved: str = "", words: bool = False, translated: bool = False
+) -> tuple[Tensor, Tensor]:
     """Names and counts of the most frequent n-grams of all training pairs, as `upcycle` counts them.
 
     Args:
@@ -273,16 +275,16 @@ def training_ngrams(folder: Path, most: int, order: int, preserved: str = "", wo
         order: Tokens of the longest.
         preserved: Language whose texts are to stay as they are; "" for none.
         words: Whether those of dictionaries count as well.
+        translated: Whether translations alone count, instead of all pairs.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
+    counts_N = _is_translated(pairs) if translated else np.full(pairs.first_rows[-1], True)
     own, others = [], []
     for texts, languages in zip(pairs.columns, languages_of_columns(pairs), strict=True):
-        length_N = torch.from_numpy(texts.lengths)
-        is_other_N = torch.from_numpy(languages == preserved)
-        is_other_T = torch.repeat_interleave(is_other_N, length_N)
-        own.append((texts.ids[~is_other_T].long(), length_N[~is_other_N]))
-        others.append((texts.ids[is_other_T].long(), length_N[is_other_N]))
+        is_preserved_N = languages == preserved
+        own.append(_texts_where(texts, counts_N & ~is_preserved_N))
+        others.append(_texts_where(texts, counts_N & is_preserved_N))
     if words:
         english, translations = word_translations(folder)
         own += [translations] if preserved else [english, translations]
@@ -301,17 +303,22 @@ def training_translations(folder: Path, words: bool = False) -> list[tuple[Tenso
         words: Whether those of dictionaries are among them.
     """
     pairs = load_pairs(folder, "train", CALIBRATION_LENGTH, "cpu")
-    is_translated_P = torch.zeros(pairs.first_rows[-1], dtype=torch.bool)
-    for domain, name in enumerate(pairs.domains):
-        is_translated_P[slice(*pairs.first_rows[domain : domain + 2])] = name in TRANSLATED
-    found = []
-    for texts in pairs.columns:
-        length_P = torch.from_numpy(texts.lengths)
-        found.append((texts.ids[torch.repeat_interleave(is_translated_P, length_P)].long(), length_P[is_translated_P]))
+    found = [_texts_where(texts, _is_translated(pairs)) for texts in pairs.columns]
     if words:
         both = zip(found, word_translations(folder), strict=True)
         return [(torch.cat([own[0], more[0]]), torch.cat([own[1], more[1]])) for own, more in both]
     return found
+
+
+def _texts_where(texts: Texts, is_kept_N: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Ids and lengths of the texts of a mask."""
+    length_N, kept_N = torch.from_numpy(texts.lengths), torch.from_numpy(is_kept_N)
+    return texts.ids[torch.repeat_interleave(kept_N, length_N)].long(), length_N[kept_N]
+
+
+def _is_translated(pairs: Pairs) -> np.ndarray:
+    """(pairs,) whether each is a translation from English."""
+    return np.repeat([name in TRANSLATED for name in pairs.domains], np.diff(pairs.first_rows))
 
 
 def word_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
@@ -334,15 +341,20 @@ def word_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
 
 def languages_of_columns(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """(pairs,) the languages of anchors, which are English where the positives translate them, and those of positives."""
-    anchors = pairs.languages.copy()
-    for domain, name in enumerate(pairs.domains):
-        if name in TRANSLATED:
-            anchors[slice(*pairs.first_rows[domain : domain + 2])] = "en"
-    return anchors, pairs.languages
+    return np.where(_is_translated(pairs), "en", pairs.languages), pairs.languages
 
 
-def texts_by_language(folder: Path, language: str, words: bool = False) -> tuple[list[str], list[str]]:
-    """Texts for calibration: those in a language, and those in others; on request, with words of dictionaries."""
+def texts_by_language(
+    folder: Path, language: str, words: bool = False, translated: bool = False
+) -> tuple[list[str], list[str]]:
+    """Texts for calibration: those in a language, and those in others.
+
+    Args:
+        folder: That `prepare` made.
+        language: Its code.
+        words: Whether those of dictionaries are among them.
+        translated: Whether all others are translations.
+    """
     own: list[str] = []
     others: list[str] = []
     if words:
@@ -350,6 +362,8 @@ def texts_by_language(folder: Path, language: str, words: bool = False) -> tuple
         (own if language == "en" else others).extend(english)
         others += translations
     for path in sorted((folder / "calibration").glob("*.json")):
+        if translated and path.stem not in TRANSLATED:
+            continue
         texts = json.loads(path.read_text(encoding="utf-8"))
         positives = np.load(folder / "train" / f"{path.stem}.npz")["languages"][: len(texts) // 2]
         anchors = np.full_like(positives, "en") if path.stem in TRANSLATED else positives

@@ -38,8 +38,8 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
         return dense
     has_groups = arm.upcycling.get("sparse_layers") != [] and arm.upcycling.get("n_group") != 1
     if arm.preserved and has_groups:
-        own, others = texts_by_language(parent.parent, arm.preserved, arm.words)
-        kept = slice(None, None, 3) if calibration_pairs else slice(FEW_TEXTS)
+        own, others = texts_by_language(parent.parent, arm.preserved, arm.words, arm.translations_tell)
+        kept = slice(None, None, 1 if arm.every_text else 3) if calibration_pairs else slice(FEW_TEXTS)
         own, others = own[kept], others[kept]
         model = upcycle(dense, seed=seed, calibration_texts=others, preserved_texts=own, **arm.upcycling)
     else:
@@ -47,7 +47,8 @@ def build(arm: Arm, parent: Path, calibration_pairs: list[tuple[str, str]], seed
     if arm.memory:
         encoder = sentence.encoder_of(model)
         encoder.config.ngram_memory_scale = arm.memory_scale
-        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved, arm.words))
+        known = {"words": arm.words, "translated": arm.translations_tell}
+        give_memory(encoder, *training_ngrams(parent.parent, arm.memory, arm.memory_order, arm.preserved, **known))
         if arm.fitted and calibration_pairs:
             special_ids = dense.tokenizer.all_special_ids
             print(fit_rows(encoder, *training_translations(parent.parent, arm.words), special_ids), flush=True)

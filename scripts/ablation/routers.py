@@ -66,7 +66,7 @@ class FixedRouter(nn.Module):
             self.register_buffer("bias", torch.zeros(config.num_experts))
         self.embedded: Tensor | None = None  # (B, L, D), seen in every forward pass
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing=None) -> Routing:
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None, packing=None, group_states=None) -> Routing:
         """As `HagMoeRouter`: (B, L, D) states, or (1, T, D) of the real tokens alone; only their shape is used."""
         ids_BL, text_BL = self.input_ids, torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
         if packing is not None:  # the encoder has left the padding out
@@ -129,7 +129,7 @@ def start_subjects(model: SentenceTransformer, pairs: list[tuple[str, str]], see
     encoder = sentence.encoder_of(model)
     routers = [module for module in encoder.modules() if isinstance(module, FixedRouter)]
     pooled: list[Tensor] = []
-    handle = routers[0].register_forward_hook(lambda router, args, _: pooled.append(router.mean_embeddings(*args[1:])))
+    handle = routers[0].register_forward_hook(lambda router, args, _: pooled.append(router.mean_embeddings(*args[1:3])))
     tokens: list[Tensor] = []
     for first in range(0, len(pairs), 32):
         texts = [text for pair in pairs[first : first + 32] for text in pair]
