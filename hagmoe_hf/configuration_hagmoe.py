@@ -393,6 +393,7 @@ class HagMoeConfig(PreTrainedConfig):
             _require(self.topk_group == 1, "topk_group", self.topk_group, "1 with preserve_first_group=True")
             _require(by_text, "group_routing", self.group_routing, "'sequence' with preserve_first_group=True")
         if self.group_input == "word_embeddings":
+            _require(self.n_group > 1, "n_group", self.n_group, "2 or more with group_input='word_embeddings'")
             _require(by_text, "group_routing", self.group_routing, "'sequence' with group_input='word_embeddings'")
         open_experts = self.topk_group * self.experts_per_group
         _require(

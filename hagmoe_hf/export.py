@@ -137,8 +137,8 @@ def export(
         Sizes, differences from torch, and what stayed float32.
 
     Raises:
-        ValueError: No mixture, too few texts, int8 or an n-gram memory for OpenVINO, or a float32 graph that differs from
-            torch too much.
+        ValueError: No mixture, one that is not in float32, too few texts, int8 or an n-gram memory for OpenVINO, or a float32
+            graph that differs from torch too much.
         ImportError: An optional package is missing; the message names what to install.
         FileExistsError: `out` exists and is not empty.
     """
@@ -151,7 +151,9 @@ def export(
     mixture = sentence.load(str(model), device="cpu") if isinstance(model, (str, os.PathLike)) else model
     encoder = sentence.encoder_of(mixture)
     if not isinstance(encoder, HagMoeModel):
-        raise ValueError(f"The encoder is a {type(encoder).__name__}; allowed: a HagMoeModel.")
+        raise ValueError(f"The encoder is a {type(encoder).__name__}; allowed: {sentence.allowed_mixture(encoder)}.")
+    if encoder.dtype != torch.float32:
+        raise ValueError(f"The mixture is in {encoder.dtype}; allowed: torch.float32, which model.float() makes of it.")
     if format == "openvino" and encoder.ngram_memory is not None:  # it computes integers in 32 bits
         raise ValueError("format='openvino' cannot look up an n-gram memory (ngram_memory_size > 0); allowed: 'onnx'.")
     batches = _batches(mixture, texts)

@@ -61,7 +61,12 @@ def load_model_or_graph(name: str, device: str | None = None) -> "SentenceTransf
 
 
 def load(
-    folder: str | os.PathLike, file_name: str = FLOAT_FILE, *, threads: int | None = None, **kwargs: Any
+    folder: str | os.PathLike,
+    file_name: str = FLOAT_FILE,
+    *,
+    threads: int | None = None,
+    device: str | None = None,
+    **kwargs: Any,
 ) -> "SentenceTransformer":
     """A `SentenceTransformer` whose encoder is an exported ONNX graph, on CPU.
 
@@ -72,12 +77,18 @@ def load(
         folder: What `export` wrote.
         file_name: Of the graph in `onnx/`.
         threads: How many threads ONNX Runtime computes with; as many as torch by default.
+        device: "cpu", or not given.
         kwargs: As `SentenceTransformer` takes them.
 
     Raises:
         FileNotFoundError: There is no such graph.
+        ValueError: Another device, or a number of threads that is none.
         ImportError: An optional package is missing; the message names what to install.
     """
+    if device not in (None, "cpu"):
+        raise ValueError(f"device={device!r} is not possible with a graph; allowed: 'cpu'.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads={threads!r} is not possible; allowed: an integer of at least 1, or None.")
     path = Path(folder) / FOLDER / file_name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; allowed: a graph that `hagmoe export` wrote.")
@@ -104,10 +115,8 @@ class OnnxEncoder(nn.Module):
 
     def __init__(self, path: Path, config: Any, threads: int | None = None):
         super().__init__()
-        runtime = import_or_say("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.path, self.threads = path.absolute(), threads
+        self.session = self._open()
         self.input_names = [given.name for given in self.session.get_inputs()]
         digest = hashlib.sha256()
         for file in files_of(path):
@@ -115,13 +124,37 @@ class OnnxEncoder(nn.Module):
         self.config = copy.deepcopy(config)
         self.config.exported_sha256 = digest.hexdigest()
 
+    def _open(self) -> Any:
+        runtime = import_or_say("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = self.threads or torch.get_num_threads()
+        return runtime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+
+    def __getstate__(self) -> dict:
+        """Copies and other processes open the graph's file again; what runs it cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "session"}
+
+    def __setstate__(self, state: dict) -> None:
+        """Open the graph's file again."""
+        super().__setstate__(state)
+        self.session = self._open()
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: the graph lies in its folder already.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"A graph is not saved again; allowed: a copy of the folder {self.path.parents[1]}.")
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **features: Any) -> BaseModelOutput:
         """(B, L) int64 ids and mask -> token states (B, L, D) float32; features that the graph lacks are ignored.
 
         Texts run together with those of about their length, since attention in the graph computes padding. States at
         padding are 0.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **features}
+        given = {"token_type_ids": torch.zeros_like(input_ids), **features}
+        given |= {"input_ids": input_ids, "attention_mask": attention_mask}
         feed = {name: given[name].numpy(force=True) for name in self.input_names}
         whole: np.ndarray | None = None
         for rows, columns in parts_of_similar_length(feed["attention_mask"]):

@@ -89,9 +89,12 @@ class _HoldFirst(torch.autograd.Function):
     """Stacked weights (E, ...) as they are; no gradient reaches those of the first `count` experts."""
 
     @staticmethod
-    def forward(ctx: Any, stacked: Tensor, count: int) -> Tensor:
-        ctx.count = count
+    def forward(stacked: Tensor, count: int) -> Tensor:  # type: ignore[override]
         return stacked.view_as(stacked)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # apart, as torch.func wants it
+        ctx.count = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -114,6 +117,9 @@ def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tens
 
     Returns:
         (T, D), in autocast's dtype where it is on.
+
+    Raises:
+        ValueError: Experts are held, and there are weights beside theirs, such as adapters', which would move them.
     """
     device = states.device.type
     is_cast = torch.is_autocast_enabled(device)
@@ -122,6 +128,11 @@ def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tens
         return experts(states, index, weights)
     given: dict[str, Tensor] = {name: stack for name, stack in experts.named_parameters() if stack.is_floating_point()}
     if is_held:
+        if len({stack.shape[0] for stack in given.values()}) > 1:
+            raise ValueError(
+                f"preserve_first_group=True with {', '.join(given)}: adapters on experts move preserved texts; allowed: none "
+                "there."
+            )
         given = {name: _HoldFirst.apply(stack, held) for name, stack in given.items()}
     if is_cast:
         dtype = torch.get_autocast_dtype(device)

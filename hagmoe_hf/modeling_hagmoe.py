@@ -202,6 +202,14 @@ class HagMoeNgramMemory(nn.Module):
         self.register_buffer("counts", torch.empty(config.ngram_memory_size, dtype=torch.int64))
         self.rows = nn.Parameter(torch.empty(config.ngram_memory_size + 1, config.hidden_size))
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Refuse names that weights were averaged with: float32 cannot hold them, and a mean of names names nothing."""
+        for name in ("names", "counts"):
+            given = state_dict.get(prefix + name)
+            if given is not None and given.is_floating_point():
+                raise ValueError(f"{prefix}{name} is {given.dtype}; allowed: torch.int64, as it is in each of these models.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, input_ids: Tensor, follows: Tensor) -> Tensor:
         """(B, L) ids -> (B, L, D); `follows` (B, L) bool says which tokens directly follow another one of their text."""
         row = self.rows_at(input_ids, follows)

@@ -40,14 +40,14 @@ def ngram_rows(ids: Tensor, follows: Tensor, names: Tensor, order: int, is_trace
 
 def _find(names: Tensor, wanted: Tensor, search) -> Tensor:
     """Rows of names, 0 of unknown ones."""
-    place = search(names, wanted).clamp(max=names.shape[0] - 1)
+    place = search(names, wanted.contiguous()).clamp(max=names.shape[0] - 1)
     return (place + 1) * (names[place] == wanted)
 
 
 def _search_step_by_step(names: Tensor, wanted: Tensor) -> Tensor:
     """`torch.searchsorted` in operations that every graph format has."""
     below = torch.zeros_like(wanted)  # how many names are known to be smaller
-    step = 1 << (names.shape[0].bit_length() - 1)
+    step = 1 << (int(names.shape[0]).bit_length() - 1)  # torch.jit.trace has tensors for sizes
     while step:
         candidate = below + step
         is_smaller = (candidate <= names.shape[0]) & (names[(candidate - 1).clamp(max=names.shape[0] - 1)] < wanted)

@@ -27,13 +27,15 @@ SMALL = 2**14  # numbers; a tensor with fewer is kept as it is
 SMALLEST = 1e-30  # scale of what is 0 everywhere
 GROUP = 32  # numbers of a memory's row that share a scale
 ROWS, COUNTS = "ngram_memory.rows", "ngram_memory.counts"
+POOLER = "pooler."
+SETTINGS = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")  # of the model around the encoder
 
 
 def pack(model: Any, parent: Any, folder: str | os.PathLike) -> Path:
     """Write what a mixture has and its parent has not.
 
     Args:
-        model: A trained mixture, as a `SentenceTransformer` without another module that learned.
+        model: A trained mixture, as a `SentenceTransformer` without another module that learned, or its path.
         parent: The dense `SentenceTransformer` that it was upcycled from, or its path.
         folder: A new folder.
 
@@ -44,15 +46,21 @@ def pack(model: Any, parent: Any, folder: str | os.PathLike) -> Path:
         ValueError: `model` holds no HAG-MoE, or one that `parent` could not have become.
         FileExistsError: `folder` exists and is not empty.
     """
+    model, parent = _loaded(model), _loaded(parent)
     encoder = sentence.encoder_of(model)
     if not isinstance(encoder, HagMoeModel):
-        raise ValueError(f"model holds a {type(encoder).__name__}; allowed: a SentenceTransformer around a HAG-MoE.")
-    parent = sentence.load(os.fspath(parent), device="cpu") if isinstance(parent, str | os.PathLike) else parent
+        raise ValueError(f"model holds a {type(encoder).__name__}; allowed: {sentence.allowed_mixture(encoder)}.")
+    if (modules := _modules(model)) != _modules(parent):
+        raise ValueError(
+            f"model is made of {', '.join(modules)}; allowed: the modules of parent, {', '.join(_modules(parent))}."
+        )
     start = _start(encoder.config, parent)
     memory = encoder.ngram_memory
     packed: dict[str, Tensor] = {}
     for name, tensor in encoder.state_dict().items():
         tensor, was = tensor.detach().cpu(), start.get(name)
+        if was is None and name.startswith(POOLER):
+            continue  # of no use to a SentenceTransformer, and the parent came without
         if name == ROWS and memory is not None:
             packed |= _to_4_bits(name, tensor[1:][memory.counts.cpu() > 0])
         elif name.startswith("ngram_memory."):
@@ -63,7 +71,8 @@ def pack(model: Any, parent: Any, folder: str | os.PathLike) -> Path:
             )
         elif not torch.equal(tensor, was):
             packed |= {name: tensor} if tensor.numel() < SMALL else _to_8_bits(name, tensor.float() - was.float())
-    about = {"parent": weights_hash(parent), "max_seq_length": str(model.max_seq_length)}
+    settings = json.dumps({name: getattr(model, name) for name in SETTINGS})
+    about = {"parent": weights_hash(parent), "max_seq_length": str(model.max_seq_length), "settings": settings}
     with new_folder(Path(folder)) as partial:
         save_file({name: tensor.contiguous() for name, tensor in packed.items()}, partial / DIFFERENCE, about)
         write_text(partial / "config.json", encoder.config.to_json_string(use_diff=False))
@@ -85,7 +94,7 @@ def unpack(folder: str | os.PathLike, parent: Any) -> Any:
         OSError: `folder` holds no packed mixture.
     """
     folder = Path(folder)
-    parent = sentence.load(os.fspath(parent), device="cpu") if isinstance(parent, str | os.PathLike) else parent
+    parent = _loaded(parent)
     config = HagMoeConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     with safe_open(folder / DIFFERENCE, "pt") as file:
         about = _about(file, folder)
@@ -106,10 +115,14 @@ def unpack(folder: str | os.PathLike, parent: Any) -> Any:
             state[own] = rows
         elif not name.endswith(".scale"):
             state[name] = tensor
+    state = {name: tensor for name, tensor in state.items() if config.has_pooler or not name.startswith(POOLER)}
+    config.has_pooler = any(name.startswith(POOLER) for name in state)
     encoder = HagMoeModel(config)
     encoder.load_state_dict(state)
     model = sentence.with_encoder(parent, encoder.eval(), "")
     model.max_seq_length = int(about["max_seq_length"])
+    for name, value in json.loads(about.get("settings", "{}")).items():
+        setattr(model, name, value)
     return model
 
 
@@ -124,6 +137,14 @@ def fits(folder: str | os.PathLike, parent: Any) -> bool:
         return False
     with safe_open(path, "pt") as file:
         return bool(_about(file, folder)["parent"] == weights_hash(parent))
+
+
+def _modules(model: Any) -> list[str]:
+    return [type(module).__name__ for module in model]
+
+
+def _loaded(model: Any) -> Any:
+    return sentence.load(os.fspath(model), device="cpu") if isinstance(model, str | os.PathLike) else model
 
 
 def _about(file: Any, folder: str | os.PathLike) -> dict[str, str]:

@@ -133,7 +133,7 @@ def follows_in_text(
         pairs = token_mask[:, 1:] & token_mask[:, :-1]
     else:
         pairs = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    return torch.nn.functional.pad(pairs.expand(len(tokens), -1), (1, 0))
+    return torch.nn.functional.pad(pairs.expand(tokens.shape[0], -1), (1, 0))
 
 
 def attention_pool(hidden_states: Tensor, query: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -73,8 +73,12 @@ def encoder_of(model: "BaseModel") -> PreTrainedModel:
     """The transformers model inside a model of sentence-transformers.
 
     Raises:
-        ValueError: Its first module is not the stock `Transformer`.
+        ValueError: It is no such model, or its first module is not the stock `Transformer`.
     """
+    if not isinstance(model, torch.nn.Sequential):
+        raise ValueError(
+            f"A {type(model).__name__} is no model of sentence-transformers; allowed: {', '.join(MODEL_TYPES)}."
+        )
     encoder = getattr(model[0], "model", None)
     if not isinstance(encoder, PreTrainedModel):
         raise ValueError(
@@ -82,6 +86,13 @@ def encoder_of(model: "BaseModel") -> PreTrainedModel:
             "Transformer module with a torch model."
         )
     return encoder
+
+
+def allowed_mixture(model: torch.nn.Module) -> str:
+    """What a message says is allowed, where `model` holds no HAG-MoE as far as this package sees."""
+    if any(type(module).__name__.startswith("HagMoe") for module in model.modules()):
+        return "one that was loaded after `import hagmoe_hf`, without trust_remote_code: this is its own remote code's"
+    return "a HAG-MoE, see hagmoe_hf.upcycle"
 
 
 def with_encoder(parent: "Model", encoder: PreTrainedModel, card_text: str) -> "Model":

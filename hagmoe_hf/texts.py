@@ -1,6 +1,6 @@
 """The user's texts, checked: what is none, or not UTF-8, is named by its argument and place."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -12,9 +12,9 @@ def text_items(argument: str, texts: Iterable[str | Sequence[str]]) -> list[list
         texts: What the user gave.
 
     Raises:
-        ValueError: A text alone, something that is no text, or one that is not UTF-8.
+        ValueError: A text alone or a mapping, something that is no text, or one that is not UTF-8.
     """
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
         raise ValueError(f"{argument} holds {texts!r} of type {type(texts).__name__}; allowed: a list of texts.")
     items: list[list[Any]] = [list(item) if isinstance(item, list | tuple) else [item] for item in texts]
     for place, item in enumerate(items):

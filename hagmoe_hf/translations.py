@@ -79,16 +79,20 @@ def fit_translations(
         What came of it. The rows are in the model, in place of those that were there.
 
     Raises:
-        ValueError: A model without a memory or a tokenizer, no pair, what is no pair of texts, a penalty or strength out of
-            its range.
+        ValueError: A model without a memory, with one that is turned off, or without a tokenizer; no pair with words, what
+            is no pair of texts, a penalty or strength out of its range.
 
     Source: ridge regression; what it is a start for, multilingual distillation, arXiv 2004.09813.
     """
-    encoder: Any = model.base_model if isinstance(model, PreTrainedModel) else sentence.encoder_of(model)
-    if not isinstance(encoder, HagMoeModel) or encoder.ngram_memory is None:
+    encoder: Any = (model if isinstance(model, PreTrainedModel) else sentence.encoder_of(model)).base_model
+    if not isinstance(encoder, HagMoeModel):
+        raise ValueError(f"model holds a {type(encoder).__name__}; allowed: {sentence.allowed_mixture(encoder)}.")
+    if encoder.ngram_memory is None:
         raise ValueError(
-            f"{type(encoder).__name__} has no memory to fit; allowed: mixtures that were upcycled with ngram_texts."
+            "ngram_memory_size=0 leaves no memory to fit; allowed: mixtures that were upcycled with ngram_texts."
         )
+    if not encoder.config.ngram_memory_scale:
+        raise ValueError("ngram_memory_scale=0 turns the memory off, whatever its rows; allowed: another number.")
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError(f"tokenizer=None with a {type(model).__name__}, which has none; allowed: its tokenizer.")
@@ -126,6 +130,9 @@ def fit_rows(
         special_ids: Tokens that stand for no word.
         penalty: See there.
         strength: See there.
+
+    Raises:
+        ValueError: No pair has words on both sides; the memory is as it was then.
     """
     memory = encoder.ngram_memory
     assert memory is not None
@@ -137,6 +144,10 @@ def fit_rows(
     strength_N1 = torch.full((len(memory.rows), 1), strength)
     strength_N1[row_M[size_M == words_P[pair_M]]] = 1.0
     is_used_P = (wanted_words_P > 0) & (words_P > 0)
+    if not is_used_P.any():
+        raise ValueError(
+            f"pairs holds {len(words_P)} pairs, none with words on both sides; allowed: texts and translations."
+        )
     away_PD = (wanted_PD - found_PD) * is_used_P.unsqueeze(-1)
     pair_M, row_M = pair_M[is_used_P[pair_M]], row_M[is_used_P[pair_M]]
     shares_PN = torch.sparse_coo_tensor(

@@ -188,8 +188,9 @@ def upcycle(
     if n_group is None:
         n_group = 2 if preserves else 4
     if num_experts is None:
-        has_groups = isinstance(n_group, int) and n_group > 1  # what is no number of groups is refused as such below
-        num_experts = n_group * num_experts_per_tok if preserves and has_groups else 8
+        # What is no number is refused as such below
+        is_countable = all(isinstance(number, int) and number > 0 for number in (n_group, num_experts_per_tok))
+        num_experts = n_group * num_experts_per_tok if preserves and is_countable and n_group > 1 else 8
     if shared_expert_fraction is None:
         shared_expert_fraction = 0.0 if preserves else 0.5
     if group_input is None:
@@ -271,10 +272,12 @@ def freeze_preserved(mixture: torch.nn.Module, *, experts_only: bool = False) ->
             little, others learn more.
 
     Raises:
-        ValueError: It does not preserve its first group.
+        ValueError: It is no mixture, or does not preserve its first group.
     """
     encoder: Any = next((module for module in mixture.modules() if isinstance(module, HagMoeModel)), None)
-    if encoder is None or not encoder.config.preserve_first_group:
+    if encoder is None:
+        raise ValueError(f"This {type(mixture).__name__} holds no HAG-MoE; allowed: {sentence.allowed_mixture(mixture)}.")
+    if not encoder.config.preserve_first_group:
         raise ValueError(
             f"preserve_first_group is not set in this {type(mixture).__name__}; allowed: mixtures that were upcycled with "
             "preserved_texts."

@@ -1,5 +1,6 @@
 """What `export` writes, checked against torch."""
 
+import copy
 import sys
 
 import numpy as np
@@ -169,13 +170,16 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(make_mixture, corpus
         ({"texts": ["one"]}, "1 texts are too few"),
         ({"reduce_range": True}, "reduce_range=True is of no use without int8"),
         ({"format": "openvino", "int8": True}, "int8 with format='openvino' is not possible"),
-        ({"model": "parent"}, "The encoder is a BertModel; allowed: a HagMoeModel"),
+        ({"model": "parent"}, "The encoder is a BertModel; allowed: a HAG-MoE"),
+        ({"model": "half"}, r"The mixture is in torch.bfloat16; allowed: torch.float32"),
     ],
 )
 def test_what_cannot_be_exported_is_named(options, message, tiny_parent, corpus, tmp_path, exported):
     options = {"model": exported[0], "texts": corpus[:4], **options}
     if options["model"] == "parent":
         options["model"] = tiny_parent
+    if options["model"] == "half":
+        options["model"] = copy.deepcopy(exported[0]).bfloat16()
     with pytest.raises(ValueError, match=message):
         export(out=tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []

@@ -507,10 +507,15 @@ def test_a_hook_on_an_activation_changes_what_follows(layer):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_traced_model_gives_its_vectors():
+@pytest.mark.parametrize("ngram_memory_size", [0, 40])
+def test_a_traced_model_gives_its_vectors(ngram_memory_size):
     """torch.jit.trace is old, and still how some servers take a model."""
-    model = spread(HagMoeModel(tiny_config(return_dict=False)))
+    model = spread(HagMoeModel(tiny_config(return_dict=False, ngram_memory_size=ngram_memory_size)))
+    if ngram_memory_size:
+        model.ngram_memory.names.copy_(torch.arange(3, 3 + ngram_memory_size))  # tokens are n-grams, too
+        torch.nn.init.normal_(model.ngram_memory.rows[1:])
     ids, mask = torch.randint(3, 99, (2, 10)), torch.ones(2, 10, dtype=torch.long)
     with torch.inference_mode():
         traced = torch.jit.trace(model, (ids, mask), strict=False, check_trace=False)
-        assert (traced(ids, mask)[0] - model(ids, mask)[0]).abs().max() <= 1e-5
+        for shown, its_mask in ((ids, mask), (ids.repeat(2, 1).flip(1), mask.repeat(2, 1))):
+            assert (traced(shown, its_mask)[0] - model(shown, its_mask)[0]).abs().max() <= 1e-5

@@ -291,3 +291,11 @@ def test_texts_without_a_tokenizer_are_refused(tiny_parent):
     parent = SentenceTransformer(str(tiny_parent), device="cpu")[0].model
     with pytest.raises(ValueError, match="ngram_texts with a BertModel, which comes without its tokenizer"):
         upcycle(parent, ngram_texts=["a text"] * 3)
+
+
+def test_a_mean_of_names_is_refused():
+    """As averaging whole state dicts makes it; every n-gram would be another one then, without a word."""
+    model = HagMoeModel(tiny_config(ngram_memory_size=40))
+    averaged = {name: (tensor + tensor) / 2 for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"ngram_memory\.names is torch\.float32; allowed: torch\.int64"):
+        model.load_state_dict(averaged)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+from transformers.models.bert.modeling_bert import BertPooler
 
 from hagmoe_hf import fit_translations, sentence, upcycle
 from hagmoe_hf.packing import DIFFERENCE, fits, pack, unpack
@@ -43,6 +45,34 @@ def test_a_packed_mixture_gives_nearly_the_same_vectors(trained, tiny_parent, co
     whole = tmp_path / "whole"
     trained.save_pretrained(str(whole))
     assert (folder / DIFFERENCE).stat().st_size < 0.5 * (whole / "model.safetensors").stat().st_size
+    from_path = pack(whole, str(tiny_parent), tmp_path / "from-path")
+    one, other = (load_file(one / DIFFERENCE) for one in (folder, from_path))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_what_stands_around_the_encoder_is_kept(trained, tiny_parent, tmp_path):
+    """Vectors of another length, or without their prompt, would be another model's."""
+    trained.prompts, trained.default_prompt_name = {"query": "query: "}, "query"
+    trained.similarity_fn_name, trained.truncate_dim = "dot", 16
+    again = unpack(pack(trained, str(tiny_parent), tmp_path / "packed"), str(tiny_parent))
+    assert again.prompts["query"] == "query: "
+    assert (again.default_prompt_name, again.similarity_fn_name, again.truncate_dim) == ("query", "dot", 16)
+    assert again.encode("a text").shape == (16,)
+    trained.append(Dense(32, 8))
+    with pytest.raises(ValueError, match=r"model is made of Transformer, Pooling, .*Dense; allowed: the modules of parent"):
+        pack(trained, str(tiny_parent), tmp_path / "other")
+
+
+@pytest.mark.parametrize("is_in_mixture", [True, False])
+def test_a_pooler_that_nobody_uses_may_be_there_or_not(is_in_mixture, tiny_parent, tmp_path):
+    with_pooler, without = (SentenceTransformer(str(tiny_parent), device="cpu") for _ in range(2))
+    sentence.encoder_of(without).pooler = None
+    sentence.encoder_of(with_pooler).pooler = BertPooler(sentence.encoder_of(with_pooler).config)
+    parents = (with_pooler, without) if is_in_mixture else (without, with_pooler)
+    mixture = upcycle(parents[0])
+    again = unpack(pack(mixture, parents[1], tmp_path / "packed"), parents[1])
+    assert torch.equal(*(torch.from_numpy(model.encode("a text")) for model in (mixture, again)))
 
 
 def test_what_did_not_learn_takes_no_place(tiny_parent, tmp_path):
@@ -77,7 +107,7 @@ def test_tensors_that_say_nothing_of_themselves_are_refused(trained, tiny_parent
 
 
 def test_a_dense_model_is_refused(tiny_parent, tmp_path):
-    with pytest.raises(ValueError, match="model holds a BertModel; allowed: a SentenceTransformer around a HAG-MoE"):
+    with pytest.raises(ValueError, match="model holds a BertModel; allowed: a HAG-MoE, see"):
         pack(SentenceTransformer(str(tiny_parent), device="cpu"), str(tiny_parent), tmp_path / "packed")
     with pytest.raises(OSError, match=r"config\.json"):
         unpack(tmp_path, str(tiny_parent))

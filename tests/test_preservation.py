@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import spread, tiny_config
 from evaluation_helpers import shipped_rows
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import TrainerState
 
 from hagmoe_hf import HagMoeModel, sentence, upcycle
+from hagmoe_hf.training.lora import add_lora
 from hagmoe_hf.training.losses import build_loss
 from hagmoe_hf.training.router_callback import RouterCallback
 from hagmoe_hf.upcycling import freeze_preserved
@@ -207,6 +208,15 @@ def test_nothing_balances_what_is_preserved(held, mixture, monkeypatch):
             "group_routing='token' .*preserve_first_group",
         ),
         ({"preserved_texts": ["a"], "calibration_texts": list("bcdefghijk"), "topk_group": 2}, "topk_group=2"),
+        ({"preserved_texts": {"en": ["a"]}, "ngram_texts": ["b"]}, r"preserved_texts holds \{'en': \['a'\]\} of type dict"),
+        (
+            {"preserved_texts": ["a"], "calibration_texts": list("bcdefghijk"), "num_experts_per_tok": "2"},
+            "'num_experts_per_tok' expected int",
+        ),
+        (
+            {"preserved_texts": ["a"], "calibration_texts": list("bcdefghijk"), "num_experts_per_tok": 0},
+            "num_experts_per_tok=0",
+        ),
     ],
 )
 def test_what_cannot_be_preserved_is_refused(tiny_parent, options, message):
@@ -259,6 +269,35 @@ def test_what_comes_before_the_first_group_gets_the_gradient_that_it_has_without
             assert torch.equal(gradient, free[name]), name
 
 
+def test_adapters_on_experts_that_stay_are_refused(tiny_parent, corpus):
+    """They would move the first group's experts without a word."""
+    mixture = upcycle(str(tiny_parent), calibration_texts=corpus[:40], preserved_texts=corpus[40:80], **SPLIT)
+    encoder = sentence.encoder_of(mixture)
+    add_lora(encoder, 2, 4.0, ["experts"])
+    ids = torch.randint(3, 99, (2, 8))
+    with pytest.raises(ValueError, match=r"preserve_first_group=True with .*lora_A.*: adapters on experts move preserved"):
+        encoder(ids)
+    with torch.no_grad():
+        encoder(ids)
+
+
+def test_the_first_group_stays_under_functional_gradients_as_well():
+    model = spread(
+        HagMoeModel(
+            tiny_config(mlp_layer_types=["sparse", "dense", "dense"], n_group=2, num_experts=2, preserve_first_group=True)
+        )
+    )
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    ids = torch.randint(3, 99, (4, 8))
+
+    def loss(weights: dict) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (ids,)).last_hidden_state.square().mean()
+
+    gradient = torch.func.grad(loss)(weights)["layers.0.mlp.experts.down_proj"]
+    assert not gradient[0].any()
+    assert gradient.shape[0] == 2
+
+
 def test_texts_that_stay_make_another_default_shape(tiny_parent, corpus):
     """The one that was measured with them; whoever wants another gives it."""
     texts = {"preserved_texts": corpus[:40], "calibration_texts": corpus[40:90]}
@@ -273,9 +312,10 @@ def test_texts_that_stay_make_another_default_shape(tiny_parent, corpus):
 
 
 def test_only_what_preserves_can_be_frozen(real_parent):
-    for model in (HagMoeModel(tiny_config()), real_parent):
-        with pytest.raises(ValueError, match="preserve_first_group is not set"):
-            freeze_preserved(model)
+    with pytest.raises(ValueError, match="preserve_first_group is not set"):
+        freeze_preserved(HagMoeModel(tiny_config()))
+    with pytest.raises(ValueError, match="This SentenceTransformer holds no HAG-MoE"):
+        freeze_preserved(real_parent)
 
 
 def test_the_configuration_says_it(mixture, tmp_path):

@@ -83,7 +83,9 @@ def test_it_comes_back_from_disk_with_stock_classes(real_mixture, tmp_path):
     """Save, load, encode: through a path that names no class of this package."""
     real_mixture.save_pretrained(str(tmp_path))
     again = SentenceTransformer(str(tmp_path), device="cpu")
-    assert np.array_equal(again.encode(TEXTS), real_mixture.encode(TEXTS))
+    assert sentence.fingerprint(again) == sentence.fingerprint(real_mixture)
+    # To rounding, which goes by where weights lie in memory
+    assert np.abs(again.encode(TEXTS) - real_mixture.encode(TEXTS)).max() <= 1e-6
     assert again.max_seq_length == real_mixture.max_seq_length
     assert not list(tmp_path.rglob("*.bin"))
 
@@ -113,6 +115,8 @@ def test_a_model_of_another_library_is_refused_by_its_type(tmp_path):
 
 def test_a_model_whose_first_module_is_no_encoder_is_refused(real_parent):
     """Two encoders, or none, are not what a mixture can take the place of."""
+    with pytest.raises(ValueError, match="A str is no model of sentence-transformers; allowed: SentenceTransformer"):
+        sentence.encoder_of("my-model")  # type: ignore[arg-type]
     routed = models.Router.for_query_document([real_parent[0]], [real_parent[0]])
     with pytest.raises(ValueError, match="first module of this SentenceTransformer is a Router; allowed: the stock"):
         upcycle(SentenceTransformer(modules=[routed, real_parent[1]], device="cpu"))

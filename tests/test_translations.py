@@ -6,7 +6,7 @@ import torch
 from evaluation_helpers import shipped_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from hagmoe_hf import HagMoeModel, fit_translations, sentence, upcycle
 from hagmoe_hf.translations import _ridge
@@ -135,7 +135,26 @@ def test_what_is_no_translation_is_refused(pairs, options, message, mixture):
 
 
 def test_a_model_without_memory_is_refused(real_parent):
-    with pytest.raises(ValueError, match=r"BertModel has no memory to fit; allowed: mixtures that were upcycled with ngram"):
+    with pytest.raises(ValueError, match=r"model holds a BertModel; allowed: a HAG-MoE"):
         fit_translations(real_parent, [("a", "b")])
-    with pytest.raises(ValueError, match="HagMoeModel has no memory to fit"):
+    with pytest.raises(ValueError, match="ngram_memory_size=0 leaves no memory to fit"):
         fit_translations(upcycle(real_parent), [("a", "b")])
+
+
+def test_a_mixture_with_a_head_is_fitted_as_well(tiny_parent, english):
+    pairs = [(text, turned(text)) for text in english[:30]]
+    reranker = upcycle(CrossEncoder(str(tiny_parent), device="cpu"), sparse_layers=[], ngram_texts=pairs)
+    assert fit_translations(reranker, pairs).pairs == 30
+    assert sentence.encoder_of(reranker).base_model.ngram_memory.rows.any()
+
+
+def test_a_memory_is_not_lost_to_pairs_that_teach_nothing(mixture, english):
+    fit_translations(mixture, [(text, turned(text)) for text in english[:30]])
+    encoder = sentence.encoder_of(mixture)
+    before = encoder.ngram_memory.rows.clone()
+    with pytest.raises(ValueError, match="pairs holds 1 pairs, none with words on both sides"):
+        fit_translations(mixture, [("", "le chat")])
+    encoder.config.ngram_memory_scale = 0.0
+    with pytest.raises(ValueError, match="ngram_memory_scale=0 turns the memory off"):
+        fit_translations(mixture, [("the cat", "le chat")])
+    assert torch.equal(encoder.ngram_memory.rows, before)

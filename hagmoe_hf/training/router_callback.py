@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .. import sentence
 from ..modeling_hagmoe import HagMoeSparseMLP
 from ..routing_hagmoe import Packing, Routing
 from .balance import BiasSteps, Coefficients, StepRecorder, StepSummary, bias_step
@@ -125,13 +126,7 @@ class RouterCallback(TrainerCallback, ExportableState):
             if isinstance(module, HagMoeSparseMLP)
         ]
         if not self._layers:
-            is_copy = any(type(module).__name__ == HagMoeSparseMLP.__name__ for module in model.modules())
-            allowed = (
-                "one that was loaded after `import hagmoe_hf`, without trust_remote_code: this is its own remote code's"
-                if is_copy
-                else "a HAG-MoE, see hagmoe_hf.upcycle"
-            )
-            raise ValueError(f"{type(model).__name__} has no sparse layer; allowed: {allowed}.")
+            raise ValueError(f"{type(model).__name__} has no sparse layer; allowed: {sentence.allowed_mixture(model)}.")
         self._take_off()
         config = self._layers[0][1].router.config
         device = _device(self._layers[0][1])
