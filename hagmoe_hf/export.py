@@ -137,8 +137,8 @@ def export(
         Sizes, differences from torch, and what stayed float32.
 
     Raises:
-        ValueError: No mixture, one that is not in float32, too few texts, int8 or an n-gram memory for OpenVINO, or a float32
-            graph that differs from torch too much.
+        ValueError: No mixture, one that is not in float32, too few texts, int8 or an n-gram memory for OpenVINO, or a
+            float32 graph that differs from torch too much.
         ImportError: An optional package is missing; the message names what to install.
         FileExistsError: `out` exists and is not empty.
     """

@@ -130,8 +130,8 @@ def run_experts(experts: nn.Module, states: Tensor, index: Tensor, weights: Tens
     if is_held:
         if len({stack.shape[0] for stack in given.values()}) > 1:
             raise ValueError(
-                f"preserve_first_group=True with {', '.join(given)}: adapters on experts move preserved texts; allowed: none "
-                "there."
+                f"preserve_first_group=True with {', '.join(given)}: adapters on experts move preserved texts; allowed: "
+                "none there."
             )
         given = {name: _HoldFirst.apply(stack, held) for name, stack in given.items()}
     if is_cast:
