@@ -78,7 +78,12 @@ def import_nomic_moe(name_or_path: str | os.PathLike, allow_key_mismatch: bool =
     Source: arXiv 2502.07972.
     """
     folder = nomic_moe_folder(name_or_path)
-    config = _config_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = _config_of(about)
+    except KeyError as error:
+        kind = f"a {about.get('model_type')!r}, whose config lacks {error}"
+        raise ValueError(f"{folder} is {kind}; allowed: a checkpoint of nomic-embed-text-v2-moe's kind.") from error
     with naming_damaged_weights(str(folder)):
         weights, left_over = _rename(load_file(folder / "model.safetensors"), config)
     model = HagMoeModel(config)

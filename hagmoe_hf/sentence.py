@@ -7,6 +7,8 @@ import copy
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -45,10 +47,11 @@ def load(name_or_path: str, **kwargs: Any) -> "SentenceTransformer":
 
     Raises:
         ValueError: It is a `CrossEncoder`, say, of which sentence-transformers would quietly leave the head out.
+        OSError: There is no such folder, and the Hub does not give one.
         ImportError: sentence-transformers is missing.
     """
-    library = _library()
-    return getattr(library, _checked_type(name_or_path, MODEL_TYPES[:1]))(name_or_path, **kwargs)
+    with naming_the_model(name_or_path):
+        return getattr(_library(), _checked_type(name_or_path, MODEL_TYPES[:1]))(name_or_path, **kwargs)
 
 
 def load_as_saved(name_or_path: str) -> "BaseModel":
@@ -62,6 +65,21 @@ def load_as_saved(name_or_path: str) -> "BaseModel":
         ImportError: sentence-transformers is missing.
     """
     return getattr(_library(), _checked_type(name_or_path, MODEL_TYPES))(name_or_path)
+
+
+@contextmanager
+def naming_the_model(name_or_path: str) -> Iterator[None]:
+    """While a model is loaded: say of which one it is that there is no folder, and that the Hub did not give it either.
+
+    Raises:
+        OSError: As above.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise
+        raise OSError(f"{name_or_path!r} is no folder, and the Hub gives no such model: {error}") from error
 
 
 def encoder_subfolder(name_or_path: str) -> str:
@@ -161,7 +179,10 @@ def _tokenizer_settings(tokenizer: Any) -> Any:
 def _saved_json(name_or_path: str, file: str) -> Any:
     """What a file of a saved model says, None where there is no such file."""
     path = _library().util.load_file_path(name_or_path, file)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} of {name_or_path} is damaged ({error}); allowed: JSON.") from error
 
 
 def _library() -> Any:

@@ -321,7 +321,7 @@ def load_parent(name_or_path: str | os.PathLike, allow_key_mismatch: bool = Fals
         raise FileNotFoundError(
             f"parent={name!r} is no folder; allowed: a local model folder or a Hub id like 'owner/name'."
         )
-    with naming_damaged_weights(name):
+    with naming_damaged_weights(name), sentence.naming_the_model(name):
         if not sentence.is_sentence_transformer_path(name):
             architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
             loader: Any = next((loader for suffix, loader in LOADERS.items() if architecture.endswith(suffix)), AutoModel)

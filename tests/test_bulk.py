@@ -159,6 +159,8 @@ def test_another_model_or_input_or_setting_is_refused(model, corpus, tmp_path):
         ("x.jsonl", b'{"text": "\\ud800"}\n', "record 1 .*surrogates not allowed"),
         ("x.csv", b"id,text\n1,a\n2,b,c\n", "record 2 .*has 3 fields; allowed: 2"),
         ("x.csv", b'id,text\n1,"a\n', "record 1"),
+        ("x.csv", b"text,text\na,b\n", r"x\.csv has the column 'text' 2 times; allowed: once"),
+        ("x.parquet", b"", r"x\.parquet is no whole Parquet file"),
         ("x.txt", b"a\n", "allowed: one of .parquet, .jsonl, .csv"),
     ],
 )
@@ -175,6 +177,12 @@ def test_a_parquet_column_must_hold_texts(tmp_path):
         bulk.plan([tmp_path / "x.parquet"])
     with pytest.raises(ValueError, match=r"has no column 'body'; allowed: its columns \['text'\]"):
         bulk.plan([tmp_path / "x.parquet"], "body")
+    with pytest.raises(ValueError, match=r"has no column ''; allowed: its columns \['text'\]"):
+        bulk.plan([tmp_path / "x.parquet"], "")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet has the column 'text' 2 times; allowed: once"):
+        bulk.plan([tmp_path / "twice.parquet"])
     with pytest.raises(FileNotFoundError, match="is not there"):
         bulk.plan([tmp_path / "none.parquet"])
 

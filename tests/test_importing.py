@@ -209,6 +209,13 @@ def test_a_setting_that_would_change_the_outputs_is_refused(field, value, tmp_pa
         import_nomic_moe(saved(tmp_path / "nomic", **{field: value}))
 
 
+def test_another_kind_of_checkpoint_is_refused(tmp_path):
+    folder = saved(tmp_path / "nomic")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="nomic is a 'bert', whose config lacks 'n_layer'; allowed: a checkpoint of nomic-"):
+        import_nomic_moe(folder)
+
+
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     """Only safetensors: a pickle can run anything."""
     folder = saved(tmp_path / "nomic")

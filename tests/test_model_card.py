@@ -205,6 +205,7 @@ def test_a_dense_model_gets_no_mixtures_card(tmp_path, monkeypatch, capsys):
     [
         ("a.json", "[1]", "holds a list; allowed: a JSON or YAML mapping"),
         ("a.json", "{", "cannot be read"),
+        ("a.json", b"\xff", "cannot be read"),
         ("a.yaml", "a: [", "cannot be read"),
         ("a.yaml", None, "No such file"),
     ],
@@ -213,7 +214,7 @@ def test_a_file_that_says_nothing_is_refused(name, content, message, tmp_path, m
     """An empty section would look as if nothing had been measured."""
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     config = str(RESULTS / "first-run-config.json")
     monkeypatch.setattr(sys, "argv", ["hagmoe", "card", config, str(tmp_path / "README.md"), "--training", str(path)])
     with pytest.raises(SystemExit) as stop:

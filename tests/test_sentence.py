@@ -113,6 +113,15 @@ def test_a_model_of_another_library_is_refused_by_its_type(tmp_path):
         sentence.load(str(tmp_path))
 
 
+def test_a_model_that_is_not_there_or_damaged_is_named(tmp_path):
+    """Of several models one must know which."""
+    with pytest.raises(OSError, match="'no-such-folder' is no folder, and the Hub gives no such model"):
+        sentence.load("no-such-folder")
+    (tmp_path / "modules.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"modules\.json of .* is damaged"):
+        sentence.encoder_subfolder(str(tmp_path))
+
+
 def test_a_model_whose_first_module_is_no_encoder_is_refused(real_parent):
     """Two encoders, or none, are not what a mixture can take the place of."""
     with pytest.raises(ValueError, match="A str is no model of sentence-transformers; allowed: SentenceTransformer"):

@@ -163,6 +163,20 @@ def test_csv_that_would_be_misread_is_counted_or_refused(tmp_path):
         load_rows([str(path)], PAIR)
 
 
+def test_a_file_that_is_none_of_its_kind_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"x\.parquet is no whole Parquet file"):
+        load_rows([str(tmp_path / "x.parquet")], PAIR)
+    names = ["anchor", "positive", "positive"]
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=names), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet has the column 'positive' 2 times; allowed: once"):
+        load_rows([str(tmp_path / "twice.parquet")], PAIR)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/x.json").write_text("{")
+    with pytest.raises(ValueError, match="folder cannot be read as one data set"):
+        load_rows([str(tmp_path / "folder")], PAIR)
+
+
 def test_a_line_too_deep_to_parse_is_one_bad_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"anchor": "a", "positive": "b"}\n' + '{"anchor": ' + "[" * 100_000 + "\n")

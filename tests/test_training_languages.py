@@ -308,3 +308,14 @@ def test_a_mixture_that_preserves_nothing_cannot_be_told_to(tmp_path, tiny_paren
     for option in ("preserve", "preserve_experts"):
         with pytest.raises(ValueError, match=rf"^{option}=True with model=.*allowed: a dense model, or"):
             train([*words(tmp_path / "out", tmp_path / "mixture", pairs_file), f"--{option}"])
+
+
+def test_a_domain_whose_name_no_module_can_have_is_refused(tmp_path, tiny_parent, pairs_file):
+    """sentence-transformers makes modules of a loss for each domain."""
+    rows = pairs_file.read_text(encoding="utf-8").splitlines()
+    dotted = [json.dumps(json.loads(row) | {"domain": "stackoverflow.com"}) for row in rows]
+    (tmp_path / "dotted.jsonl").write_text("\n".join(dotted), encoding="utf-8")
+    losses = '{"stackoverflow.com": "cached_multiple_negatives_ranking"}'
+    options = {"domain_column": "domain", "domain_losses": losses}
+    with pytest.raises(ValueError, match=r"domain_losses with the domain 'stackoverflow\.com'; allowed: .* without a dot"):
+        train(words(tmp_path / "out", tiny_parent, tmp_path / "dotted.jsonl", **options))

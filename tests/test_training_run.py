@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from training_helpers import history, largest_difference, words
@@ -208,6 +209,14 @@ def test_nothing_of_the_users_is_lost(tmp_path, tiny_parent, pairs_file):
         (20, {"max_length": 400}, "max_length=400 is not possible; allowed: 3 to 64"),
         (20, {"no_one_domain_batches": None, "batch_sampler": "no_duplicates"}, "with one_domain_batches=False; allowed"),
         (20, {"freeze": ["nothing"]}, "pattern 'nothing' matches no parameter"),
+        (20, {"resume_from_checkpoint": "x"}, "resume_from_checkpoint='x' is not possible; allowed: --resume"),
+        (20, {"prompts": '{"anchr": "q: "}'}, r"prompts names 'anchr'; allowed: a column of \['anchor', 'positive'\]"),
+        (20, {"prompts": '{"train": {"anchr": "q: "}}'}, r"prompts\['train'\] names 'anchr'; allowed: a column"),
+        (20, {"prompts": '{"anchor": 5}'}, r"prompts\['anchor'\] holds 5; allowed: texts"),
+        (20, {"columns": ["anchor"]}, r"columns=\['anchor'\] is not possible; allowed: 2 or more with loss="),
+        (20, {"columns": ["anchor", "anchor"]}, "allowed: each column once"),
+        (20, {"learning_rate_mapping": '{"experts": "fast"}'}, r"learning_rate_mapping\['experts'\]='fast'"),
+        (20, {"loss_options": '{"scale": "x"}'}, "loss_options of multiple_negatives_ranking are"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_a_step(rows, options, message, tmp_path, tiny_parent, pairs_file):
@@ -220,6 +229,32 @@ def test_what_cannot_be_trained_is_refused_before_a_step(rows, options, message,
     with pytest.raises(ValueError, match=message):
         train(words(tmp_path / "out", tiny_parent, data, **options))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_run_that_was_refused_does_not_stand_in_the_way_of_the_next(tmp_path, tiny_parent, pairs_file):
+    """Its folder holds nothing but what it read."""
+    with pytest.raises(ValueError, match="pattern 'nothing'"):
+        train(words(tmp_path / "out", tiny_parent, pairs_file, freeze=["nothing"]))
+    assert (tmp_path / "out/data_report.json").exists()
+    train(words(tmp_path / "out", tiny_parent, pairs_file, max_steps=1))
+    assert (tmp_path / "out/model").is_dir()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, tiny_parent, pairs_file):
+    """They would overwrite each other's checkpoints, and one would find out at its end."""
+    (tmp_path / "out").mkdir()
+    line = words(tmp_path / "out", tiny_parent, pairs_file)
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(BlockingIOError, match="Another run is writing to output_dir="):
+        train(line)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_options_that_mean_nothing_for_a_mixture_are_refused(tmp_path, tiny_parent, pairs_file):
+    """Someone who wanted a memory would believe to have one."""
+    upcycle(str(tiny_parent)).save_pretrained(str(tmp_path / "mixture"))
+    for options, message in (({"num_experts": 4}, "num_experts=4"), ({"ngram_memory_size": 9}, "ngram_memory_size=9")):
+        with pytest.raises(ValueError, match=f"{message} with model=.*, a mixture already; allowed: a dense model"):
+            train(words(tmp_path / "out", tmp_path / "mixture", pairs_file, **options))
 
 
 def test_a_dataset_smaller_than_a_batch_makes_one_small_batch(tmp_path, tiny_parent, pairs_file):
@@ -325,6 +360,14 @@ def test_a_model_from_nothing_learns_masked_words_and_resumes(tmp_path, pairs_fi
     train(words(tmp_path / "tuned", whole / "model", pairs_file))
 
 
+def test_texts_may_be_called_text(tmp_path, corpus, tiny_parent):
+    """As they are where no column is named."""
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in corpus[:20]), encoding="utf-8")
+    options = {"objective": "mlm", "max_steps": 1, "max_length": 24}
+    train(words(tmp_path / "out", tiny_parent, tmp_path / "texts.jsonl", **options))
+    assert (tmp_path / "out/model").is_dir()
+
+
 def test_a_phase_that_masked_words_cannot_have_is_refused(tmp_path, pairs_file, curriculum):
     line = words(tmp_path / "out", "MODEL", pairs_file, objective="mlm", preset="small", curriculum=curriculum)
     del line[line.index("--model") : line.index("--model") + 2]
@@ -353,6 +396,13 @@ def test_hagmoe_train_is_the_same_call_and_ends_mistakes_in_a_line(tmp_path, tin
     hagmoe_main_exit(1)
     error = capsys.readouterr().err
     assert "error: output_dir=" in error
+    assert "Traceback" not in error
+    report_to = words(tmp_path / "reported", tiny_parent, pairs_file, report_to="trackio")
+    monkeypatch.setattr(sys, "argv", ["hagmoe", "train", *report_to])
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: False)
+    hagmoe_main_exit(1)
+    error = capsys.readouterr().err
+    assert "to be installed" in error
     assert "Traceback" not in error
     monkeypatch.setattr(sys, "argv", ["hagmoe", "train", "--help"])
     hagmoe_main_exit(0)

@@ -283,6 +283,8 @@ def test_a_missing_folder_is_refused():
     """The library below would ask the Hub for it and complain about repository names."""
     with pytest.raises(FileNotFoundError, match="parent='/no/such/folder' is no folder"):
         upcycle("/no/such/folder")
+    with pytest.raises(OSError, match="'no-such-folder' is no folder, and the Hub gives no such model"):
+        upcycle("no-such-folder")
 
 
 def test_a_truncated_parent_is_refused_with_its_folder(tmp_path):

@@ -81,11 +81,16 @@ def _scan_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no whole Parquet file ({error}); allowed: one.") from error
     names = file.schema_arrow.names
-    for name in filter(None, (column, id_column)):
+    for name in _given(column, id_column):
         if name not in names:
             raise ValueError(f"{path} has no column {name!r}; allowed: its columns {names}.")
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has the column {name!r} {names.count(name)} times; allowed: once.")
     kind = file.schema_arrow.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -114,7 +119,7 @@ def _read_parquet(path: Path, column: str, id_column: str | None, start: int, ro
             position = position if groups else before
             groups.append(index)
         before = after
-    columns = [name for name in (column, id_column) if name is not None]
+    columns = _given(column, id_column)
     found: list[Row] = []
     for batch in file.iter_batches(row_groups=groups, columns=list(dict.fromkeys(columns))):
         low = max(start - position, 0)
@@ -158,7 +163,11 @@ def _header(file: BinaryIO, path: Path) -> list[str] | None:
         file.seek(0)
     if path.suffix == ".jsonl":
         return None
-    return next(_csv(file), [])
+    header = next(_csv(file), [])
+    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} has the column {twice[0]!r} {header.count(twice[0])} times; allowed: once.")
+    return header
 
 
 def _csv(file: Iterable[bytes]) -> Iterator[list[str]]:
@@ -187,8 +196,12 @@ def _records(file: Iterable[bytes], header: list[str] | None) -> Iterator[dict[s
         raise ValueError(f"{error}; allowed: CSV with double quotes.") from error
 
 
+def _given(*columns: str | None) -> list[str]:
+    return [name for name in columns if name is not None]
+
+
 def _row(record: dict[str, Any], column: str, id_column: str | None) -> Row:
-    for name in filter(None, (column, id_column)):
+    for name in _given(column, id_column):
         if name not in record:
             raise ValueError(f"has no column {name!r}; allowed: its columns {list(record)}.")
     text = record[column]

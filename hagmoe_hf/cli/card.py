@@ -56,10 +56,10 @@ def _mapping(path: Path) -> dict[str, Any]:
         ValueError: It is neither, or no mapping.
         OSError: It cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({error}); allowed: a JSON or YAML mapping.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; allowed: a JSON or YAML mapping.")

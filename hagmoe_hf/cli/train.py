@@ -15,3 +15,7 @@ def train(context: typer.Context) -> None:
         if "metric_for_best_model" not in str(error):
             raise
         raise ValueError(error.args[0]) from error
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # what transformers says of report_to
+            raise
+        raise ImportError(str(error)) from error

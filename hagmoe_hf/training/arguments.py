@@ -280,6 +280,10 @@ class TrainOptions:
         _require(not self.lora_rank or part == 1, "interpolation", part, "1 with adapters, which have lora_alpha")
         if self.preserves:
             refuse_to_move_preserved(self)
+        if self.columns and self.objective == "embedding":
+            least = len(LOSSES[self.loss].columns)
+            _require(len(set(self.columns)) == len(self.columns), "columns", self.columns, "each column once")
+            _require(len(self.columns) >= least, "columns", self.columns, f"{least} or more with loss={self.loss!r}")
         if "translation" in self.losses and self.columns:
             _require(len(self.columns) == 2, "columns", self.columns, "two with loss='translation': text, translation")
         if self.lora_rank and self.objective == "mlm":
@@ -352,6 +356,17 @@ class TrainOptions:
         options = {name: getattr(self, name) for name in (*names, "group_routing", "group_input", "combine_rule")}
         return {"sparse_layers": self.sparse_layers, **options}
 
+    @property
+    def only_for_upcycling(self) -> str:
+        """The first option, as NAME=VALUE, that is given and means nothing for a mixture; "" where there is none.
+
+        Not `sparse_layers`: an empty list also says that there are no experts to balance.
+        """
+        names = {"fit_translations", "calibration_rows", "ngram_memory_size", *self.upcycling} - {"sparse_layers"}
+        defaults = {field.name: field.default for field in fields(self)}
+        given = (name for name in defaults if name in names and getattr(self, name) != defaults[name])
+        return next((f"{name}={getattr(self, name)!r}" for name in given), "")
+
 
 def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTrainingArguments]:
     """Read options: the command line overrides the YAML file of `--config`, which overrides the recipe and the defaults.
@@ -383,6 +398,9 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SentenceTransformerTr
             raise
         hint = f"(Recipe {recipe['recipe']!r} gives what you do not give; recipe={NO_RECIPE!r} turns it off.)"
         raise ValueError(f"{error} {hint}") from error
+    for pattern, rate in (training.learning_rate_mapping or {}).items():
+        is_rate = isinstance(rate, int | float) and not isinstance(rate, bool)
+        _require(is_rate, f"learning_rate_mapping[{pattern!r}]", rate, "a number")
     return options, training
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 STATED = ("lang", "license")  # columns of which the report says how many rows have which value, where they are there
@@ -206,8 +207,11 @@ def read_columns(
         if not path.is_file():
             raise FileNotFoundError(f"{source} is not there; allowed: an existing file.")
         if path.suffix == ".parquet":
-            names = _chosen(source, wanted, optional, pq.read_schema(path).names)
-            return _from_table(pq.read_table(path, columns=names)), Counter()
+            try:
+                names = _chosen(source, wanted, optional, pq.read_schema(path).names)
+                return _from_table(pq.read_table(path, columns=names)), Counter()
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{source} is no whole Parquet file ({error}); allowed: one.") from error
         # Bytes that are not UTF-8 become lone surrogates, which `_clean` finds in the columns that matter
         text = path.read_bytes().decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
         present, records, broken = _from_jsonl(text) if path.suffix == ".jsonl" else _from_csv(source, text)
@@ -215,7 +219,10 @@ def read_columns(
         return {name: [record.get(name) for record in records] for name in names}, broken
     if path.is_file():
         raise ValueError(f"{source} has an unknown ending; allowed: {_ENDINGS}.")
-    dataset = load_dataset(source, split=split)
+    try:
+        dataset = load_dataset(source, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read as one data set ({error.__cause__ or error}).") from error
     names = _chosen(source, wanted, optional, dataset.column_names)
     return _from_table(dataset.select_columns(names).with_format("arrow")[:]), Counter()
 
@@ -225,6 +232,9 @@ def _chosen(source: str, wanted: Sequence[str], optional: Sequence[str], present
     missing = [name for name in wanted if name not in present]
     if missing:
         raise ValueError(f"{source} has no column {missing[0]!r}; allowed: its columns {present}.")
+    twice = [name for name in wanted if present.count(name) > 1]
+    if twice:
+        raise ValueError(f"{source} has the column {twice[0]!r} {present.count(twice[0])} times; allowed: once.")
     return [*wanted, *(name for name in optional if name in present and name not in wanted)]
 
 

@@ -222,7 +222,10 @@ def build_loss(
     for option in options:
         if option not in allowed:
             raise ValueError(f"loss_options of {name} has {option!r}; allowed: {allowed}.")
-    loss = make(model, **options)
+    try:
+        loss = make(model, **options)
+    except TypeError as error:
+        raise ValueError(f"loss_options of {name} are {options} ({error}); allowed: values of its types.") from error
     if not matryoshka_dims:
         return loss
     if LOSSES[name].needs_teacher:

@@ -123,7 +123,7 @@ def _load_texts(options: TrainOptions, sources: list[str], seed: int) -> tuple[D
 
 
 def _one_column(rows: DatasetDict, columns: Sequence[str]) -> Dataset:
-    parts = [data.select_columns([name]).rename_column(name, "text") for data in rows.values() for name in columns]
+    parts = [data.select_columns([name]).rename_columns({name: "text"}) for data in rows.values() for name in columns]
     return concatenate_datasets(parts)
 
 

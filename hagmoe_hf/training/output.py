@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -15,6 +17,7 @@ from .data import DataReport
 
 MODEL_FOLDER = "model"
 DATA_REPORT = "data_report.json"
+LOCK = ".lock"
 
 
 class CardCallback(TrainerCallback):
@@ -34,24 +37,50 @@ class CardCallback(TrainerCallback):
             write_text(path, trained_card(path.read_text(encoding="utf-8"), str(self.report)))
 
 
-def where_to_begin(arguments: TrainingArguments, resume: bool) -> str | None:
+@contextmanager
+def alone_in_output(arguments: TrainingArguments, resume: bool) -> Iterator[None]:
+    """Keep other runs out of `output_dir` until this one ends, however it ends: they would write the same checkpoints.
+
+    Args:
+        arguments: Its `output_dir` is made where it is not there.
+        resume: Whether there may be something already.
+
+    Raises:
+        FileExistsError: `output_dir` holds something, and `resume` is False.
+        BlockingIOError: Another run writes there.
+    """
+    output = Path(str(arguments.output_dir))
+    _refuse_what_is_there(output, resume)
+    if arguments.process_index != 0:  # the first process holds it for all
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / LOCK).acquire(timeout=0):
+            yield
+    except Timeout:
+        raise BlockingIOError(f"Another run is writing to output_dir={output}; allowed: one at a time.") from None
+
+
+def _refuse_what_is_there(output: Path, resume: bool) -> None:
+    """A run that was refused for a wrong option leaves no more than what it read; its next try may go on from there."""
+    if resume or not output.exists() or {entry.name for entry in output.iterdir()} <= {DATA_REPORT, LOCK}:
+        return
+    raise FileExistsError(
+        f"output_dir={output} is not empty; allowed: a new name, an empty folder, or --resume to go on with it."
+    )
+
+
+def where_to_begin(arguments: TrainingArguments) -> str | None:
     """The newest whole checkpoint of an interrupted run, None to start anew.
 
     Args:
         arguments: Its `output_dir` is looked at. A checkpoint that a killed process left half written is set aside there as
             `.incomplete-*`; nothing is deleted.
-        resume: Whether there may be something already.
-
-    Raises:
-        FileExistsError: `output_dir` holds something, and `resume` is False.
     """
     output = Path(str(arguments.output_dir))
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists():
         return None
-    if not resume:
-        raise FileExistsError(
-            f"output_dir={output} is not empty; allowed: a new name, an empty folder, or --resume to go on with it."
-        )
     while checkpoint := get_last_checkpoint(str(output)):
         if _is_whole(Path(checkpoint)):
             return checkpoint

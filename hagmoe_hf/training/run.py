@@ -29,7 +29,7 @@ from .interpolation import interpolate, weights_to_learn
 from .lora import add_lora, merge_lora
 from .losses import LOSSES, TaughtLoss, build_loss, with_teacher_vectors
 from .mlm import train_masked_lm
-from .output import MODEL_FOLDER, CardCallback, save_whole, say, where_to_begin, write_report
+from .output import MODEL_FOLDER, CardCallback, alone_in_output, save_whole, say, where_to_begin, write_report
 from .parameters import freeze
 from .sampling import DomainBatchSampler
 from .slow_experts import SlowExpertsCallback
@@ -59,21 +59,28 @@ def train(options: TrainOptions, arguments: SentenceTransformerTrainingArguments
 
     Raises:
         FileExistsError: `output_dir` holds something already.
+        BlockingIOError: Another run writes there.
         ValueError: Options, data or model that do not fit together.
         ImportError: An optional library is missing.
     """
+    if arguments.resume_from_checkpoint:
+        raise ValueError(
+            f"resume_from_checkpoint={arguments.resume_from_checkpoint!r} is not possible; allowed: --resume, which goes on "
+            "from the newest checkpoint in output_dir."
+        )
     final = Path(str(arguments.output_dir)) / MODEL_FOLDER
-    with arguments.main_process_first(desc="looking at output_dir"):
-        checkpoint = where_to_begin(arguments, options.resume)
-    PartialState().wait_for_everyone()  # before the first process writes there
-    if final.exists():
-        say(arguments, f"{final} is there already: nothing to do.")
-        return final
-    set_seed(arguments.seed)  # new weights are made before the trainer does this
-    if options.objective == "mlm":
-        train_masked_lm(options, arguments, callbacks(options), checkpoint, final)
-    else:
-        _train_embeddings(options, arguments, checkpoint, final)
+    with alone_in_output(arguments, options.resume):
+        with arguments.main_process_first(desc="looking at output_dir"):
+            checkpoint = where_to_begin(arguments)
+        PartialState().wait_for_everyone()  # before the first process writes there
+        if final.exists():
+            say(arguments, f"{final} is there already: nothing to do.")
+            return final
+        set_seed(arguments.seed)  # new weights are made before the trainer does this
+        if options.objective == "mlm":
+            train_masked_lm(options, arguments, callbacks(options), checkpoint, final)
+        else:
+            _train_embeddings(options, arguments, checkpoint, final)
     return final
 
 
@@ -164,16 +171,8 @@ def _train_embeddings(
         entries, about_words = load_rows(options.dictionaries, DICTIONARY_COLUMNS)
         words = _texts_of(entries[WITHOUT_DOMAINS])
         report = report.with_dictionaries(about_words)
-    if options.recipe in RECIPES:
-        say(arguments, f"Recipe: {options.recipe}")
-    assert options.model is not None
-    model = sentence.load(options.model, device=str(arguments.device))
-    longest = model.max_seq_length or 0
-    model = _mixture_to_train(options, arguments, model, train_data, words, final.parent)
     wanted = callbacks(options)
     curriculum = next((callback for callback in wanted if isinstance(callback, CurriculumCallback)), None)
-
-    write_report(arguments, report)
     for domain, rows in train_data.items():
         compares_rows = LOSSES[options.loss_of(domain)].compares_rows
         refuse_too_small({domain: rows}, arguments.train_batch_size, arguments.dataloader_drop_last, compares_rows)
@@ -184,6 +183,16 @@ def _train_embeddings(
     if options.eval_data:
         eval_data, eval_report = _load_data(options, arguments, options.eval_data, max_rows=None)
         say(arguments, f"For evaluation: {eval_report}")
+    everything = {**train_data, **(eval_data or {})}
+    _refuse_names(options, arguments.prompts, everything)
+    write_report(arguments, report)
+
+    if options.recipe in RECIPES:
+        say(arguments, f"Recipe: {options.recipe}")
+    assert options.model is not None
+    model = sentence.load(options.model, device=str(arguments.device))
+    longest = model.max_seq_length or 0
+    model = _mixture_to_train(options, arguments, model, train_data, words, final.parent)
     own_teacher = None
     if options.teacher is None and any(LOSSES[name].needs_teacher for name in options.losses):
         own_teacher = _as_it_was(options.model, str(arguments.device))
@@ -202,7 +211,7 @@ def _train_embeddings(
         args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        loss=_build_losses(options, arguments, model, own_teacher, [*train_data, *(eval_data or ())]),
+        loss=_build_losses(options, arguments, model, own_teacher, list(everything)),
         callbacks=[*wanted, CardCallback(report)],
         temperature=options.temperature,
         one_domain_batches=options.one_domain_batches,
@@ -275,6 +284,22 @@ def _refuse_unknown_domains(where: str, named: Mapping[str, Any], train_data: Da
     unknown = sorted(set(named) - set(train_data))
     if unknown:
         raise ValueError(f"{where} names the domain {unknown[0]!r}; allowed: {sorted(train_data)} (from domain_column).")
+
+
+def _refuse_names(options: TrainOptions, prompts: Any, data: Mapping[str, Dataset]) -> None:
+    """Refuse names of domains that a loss of its own cannot have, and prompts that would be for nothing."""
+    dotted = [domain for domain in data if "." in domain]
+    if options.losses_by_domain and dotted:  # sentence-transformers makes modules of the losses, by these names
+        raise ValueError(f"domain_losses with the domain {dotted[0]!r}; allowed: domains without a dot.")
+    columns = list(dict.fromkeys(name for rows in data.values() for name in rows.column_names))
+    for name, prompt in prompts.items() if isinstance(prompts, Mapping) else ():
+        if name not in columns and name not in data:
+            raise ValueError(f"prompts names {name!r}; allowed: a column of {columns}, or a domain of {list(data)}.")
+        for column, text in prompt.items() if isinstance(prompt, Mapping) else [(name, prompt)]:
+            if column != name and column not in columns:
+                raise ValueError(f"prompts[{name!r}] names {column!r}; allowed: a column of {columns}.")
+            if not isinstance(text, str):
+                raise ValueError(f"prompts[{name!r}] holds {text!r}; allowed: texts.")
 
 
 def _texts_to_start_from(
@@ -364,8 +389,8 @@ def _mixture_to_train(
             f"recipe={options.recipe!r} with model={options.model!r}, a mixture already; allowed: a dense model, or "
             f"recipe={NO_RECIPE!r}."
         )
-    elif options.fit_translations:
-        raise ValueError(f"fit_translations=True with model={options.model!r}, a mixture already; allowed: a dense model.")
+    elif given := options.only_for_upcycling:
+        raise ValueError(f"{given} with model={options.model!r}, a mixture already; allowed: a dense model.")
     if options.max_length is not None:
         model.max_seq_length = text_length(options.max_length, sentence.encoder_of(model).config)
     if sentence.encoder_of(model).config.preserve_first_group:
