@@ -189,7 +189,7 @@ def upcycle(
         n_group = 2 if preserves else 4
     if num_experts is None:
         # What is no number is refused as such below
-        is_countable = all(isinstance(number, int) and number > 0 for number in (n_group, num_experts_per_tok))
+        is_countable = all(isinstance(number, Integral) and number > 0 for number in (n_group, num_experts_per_tok))
         num_experts = n_group * num_experts_per_tok if preserves and is_countable and n_group > 1 else 8
     if shared_expert_fraction is None:
         shared_expert_fraction = 0.0 if preserves else 0.5
@@ -205,6 +205,8 @@ def upcycle(
         "combine_rule": combine_rule,
         "preserve_first_group": preserves,
     }
+    for name, value in options.items():  # NumPy's integers are none for the configuration
+        options[name] = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} is not possible; allowed: an integer from 0 to {2**32 - 1}.")

@@ -102,10 +102,12 @@ def test_a_run_writes_every_workload_and_resumes(tiny_parent, tmp_path, monkeypa
     assert [c.name for c in ready["models"]] == other["contestants"]
 
 
-def test_too_little_to_measure_is_refused(tiny_parent, tmp_path):
+def test_what_cannot_be_measured_is_refused(tiny_parent, tmp_path):
     """A handful of texts has no mixed lengths, and no round no time."""
     with pytest.raises(ValueError, match="3 texts given; allowed: 256 or more"):
         benchmark(tiny_parent, tmp_path, texts=TEXTS[:3])
+    with pytest.raises(ValueError, match=r"mixture=.* is a 'bert'; allowed: a HAG-MoE"):
+        line_up(tiny_parent, tmp_path, tiny_parent)
     with pytest.raises(ValueError, match="rounds=0; allowed: 1 or more"):
         benchmark(tiny_parent, tmp_path, texts=TEXTS, rounds=0)
 

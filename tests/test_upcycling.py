@@ -325,8 +325,10 @@ def test_a_checkpoint_without_pooler_gives_a_mixture_without_pooler_also_after_s
 
 
 def test_numbers_of_numpy_are_numbers():
-    mixture = upcycle(tiny_parent(), sparse_layers=np.array([0, 2]), seed=np.int64(3))
+    sizes = {"n_group": np.int64(2), "num_experts": np.int32(4)}
+    mixture = upcycle(tiny_parent(), sparse_layers=np.array([0, 2]), seed=np.int64(3), **sizes)
     assert mixture.config.sparse_layers == [0, 2]
+    assert (mixture.config.n_group, mixture.config.num_experts) == (2, 4)
 
 
 def test_what_the_parent_outputs_the_mixture_outputs():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from .. import kernels_hagmoe, modeling_hagmoe, sentence
 from ..configuration_hagmoe import HagMoeConfig
@@ -73,8 +74,15 @@ def line_up(
 
     Returns:
         The parent first, the mixture second.
+
+    Raises:
+        ValueError: `mixture` is none.
     """
     parent, work = str(parent), Path(work)
+    if mixture is not None:
+        config = AutoConfig.from_pretrained(mixture, subfolder=sentence.encoder_subfolder(str(mixture)))
+        if config.model_type != HagMoeConfig.model_type:
+            raise ValueError(f"mixture={str(mixture)!r} is a {config.model_type!r}; allowed: a HAG-MoE.")
     own = work / "mixture"
     if mixture is None and not own.is_dir():
         _save(upcycle(parent), own)
