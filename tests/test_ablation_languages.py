@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ablation import inputs
-from ablation_helpers import ARMS, model_of, trained
+from ablation import inputs, loop, run
+from ablation_helpers import ARMS, TINY_BUDGET, model_of, trained
 
 from hagmoe_hf.ngrams_hagmoe import spell_ngrams
 
@@ -68,12 +70,37 @@ def test_the_dense_parents_word_embeddings_may_learn(prepared, pairs, dev, tmp_p
     }
 
 
+def write_words(path: Path) -> None:
+    words = [("word-bitext", "xx", f"{i}", "b" + "c" * (i % 9), "dev" if i % 9 == 0 else "train") for i in range(90)]
+    pd.DataFrame(words, columns=["domain", "lang", "anchor", "positive", "split"]).to_parquet(path)
+
+
+def test_a_dense_arm_may_be_trained_on_words(prepared, tmp_path):
+    """What dictionaries say is then its as well; it is a domain of translations, of pairs that no language leaves out."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(prepared, folder)
+    write_words(tmp_path / "words.parquet")
+    inputs.add_words(tmp_path / "words.parquet", folder)
+    budget = dataclasses.replace(
+        TINY_BUDGET, name="tiny", seeds=(0,), left_out_languages=("xx",), translated=("software",), learning_rates=(1e-3,)
+    )
+    seen = []
+    place = run.Place(folder, tmp_path / "results", tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plan", lambda pairs, *rest: seen.append(pairs) or inputs.plan(pairs, *rest))
+        assert run.run_table((ARMS["dense-words"], ARMS["dense"]), budget, place, 9, "x", kit=False)
+    with_words, without = seen
+    assert with_words.domains == (*without.domains, "words")
+    assert len(with_words.rows_of(3, budget)) == 80
+    assert not (with_words.languages[with_words.rows_of(1, budget)] == "xx").any()
+    assert {*range(*with_words.first_rows[3:5])} & set(np.concatenate(inputs.plan(with_words, budget, 0, False)))
+
+
 def test_a_memory_may_start_from_words_that_nothing_is_trained_on(prepared, tmp_path):
     """Other arms have the same inputs with them and without."""
     folder = tmp_path / "inputs"
     shutil.copytree(prepared, folder)
-    words = [("word-bitext", "xx", f"{i}", "b" + "c" * (i % 9), "dev" if i % 9 == 0 else "train") for i in range(90)]
-    pd.DataFrame(words, columns=["domain", "lang", "anchor", "positive", "split"]).to_parquet(tmp_path / "words.parquet")
+    write_words(tmp_path / "words.parquet")
     with pytest.raises(FileNotFoundError, match=r"words\.npz is missing; allowed: inputs that --add-words gave some"):
         inputs.training_translations(folder, words=True)
     inputs.add_words(tmp_path / "words.parquet", folder)

@@ -39,6 +39,7 @@ class Arm:
         memory_rate: Factor on the memory's learning rate, beside that; its rows stay as they start where it is 0.
         fitted: Whether the memory starts from translations, by least squares.
         words: Whether it knows those of dictionaries, and starts from their translations, too; nothing is trained on them.
+        trains_on_words: Whether it is trained on dictionaries' pairs, as one more domain of translations, in as many steps.
         preserved: Language whose texts have a group of their own, and none of whose n-grams are in the memory; "" for none.
         every_text: Whether its group is started from all texts for calibration, instead of every third.
         translations_tell: Whether translations and dictionaries alone tell what is in that language, as for `hagmoe train`
@@ -75,6 +76,7 @@ class Arm:
     memory_rate: float = 1.0
     fitted: bool = False
     words: bool = False
+    trains_on_words: bool = False
     preserved: str = ""
     every_text: bool = False
     translations_tell: bool = False
@@ -397,6 +399,12 @@ TABLES: dict[int, tuple[Arm, ...]] = {
     # The same where English pairs are trained on, too
     8: (
         DENSE,
+        replace(
+            DENSE,
+            name="dense-words",
+            about="the parent, trained on the dictionaries' pairs as well: is it the memory, or what dictionaries say?",
+            trains_on_words=True,
+        ),
         replace(
             WORDS,
             name="recipe",

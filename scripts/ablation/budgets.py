@@ -47,6 +47,10 @@ class Budget:
     translated: tuple[str, ...] = ()
     distillation: float = 0.0
 
+    def is_translated(self, domain: str) -> bool:
+        """Whether a domain's pairs are translations from English here; those of dictionaries are in every budget."""
+        return domain in self.translated or domain == WORD_DOMAIN
+
     @property
     def pairs_before(self) -> int:
         """Pairs that a run has seen before its first step."""
@@ -56,6 +60,7 @@ class Budget:
         return before.pairs_before + before.steps * before.batch_size
 
 
+WORD_DOMAIN = "words"  # of dictionaries, for arms that train on them
 SOFTWARE = ("software-bitext", "ui-bitext")
 # English anchors, positives in other languages; the last is what `prepare` finds in articles of one title
 TRANSLATED = (*SOFTWARE, "encyclopedia-bitext")

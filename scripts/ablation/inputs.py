@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from word_pairs import without_known
 
-from ablation.budgets import TRANSLATED, Budget
+from ablation.budgets import TRANSLATED, WORD_DOMAIN, Budget
 from hagmoe_hf.evaluation.decontamination import is_contaminated, kit_texts
 from hagmoe_hf.evaluation.kit import find_sets
 from hagmoe_hf.files import new_file, new_folder, write_text
@@ -29,7 +29,7 @@ from hagmoe_hf.ngrams_hagmoe import frequent_ngrams
 from hagmoe_hf.upcycling import CALIBRATION_LENGTH
 
 COLUMNS = ("anchor", "positive")
-WORDS, CALIBRATION_WORDS = "words.npz", "words.json"  # beside the manifest, which is the same with and without
+WORDS, CALIBRATION_WORDS = f"{WORD_DOMAIN}.npz", "words.json"  # beside the manifest, which is the same with and without
 DEV_ROWS, CALIBRATION_ROWS = 200, 600  # per domain, at most
 LONGEST_TITLE = 60  # characters; longer ones are sentences with a comma
 BUCKET = 8  # batches whose rows are sorted by length before they are cut, so that little of a batch is padding
@@ -73,7 +73,7 @@ class Pairs:
         rows = np.arange(*self.first_rows[domain : domain + 2])
         if self.domains[domain] in budget.left_out:
             return rows[:0]
-        is_translated = self.domains[domain] in budget.translated  # its pairs are in two languages
+        is_translated = budget.is_translated(self.domains[domain])  # its pairs are in two languages
         return rows if is_translated else rows[~np.isin(self.languages[rows], budget.left_out_languages)]
 
     def features(self, rows: np.ndarray) -> list[dict[str, Tensor]]:
@@ -213,9 +213,14 @@ def _pack(rows: pd.DataFrame, tokenizer, max_length: int, path: Path) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def load_pairs(folder: Path, split: str, max_length: int, device: str, most_rows: int | None = None) -> Pairs:
-    """The pairs of a split, on the device, cut to `max_length` tokens (the closing token stays the last)."""
-    paths = sorted((folder / split).glob("*.npz"))
+def load_pairs(
+    folder: Path, split: str, max_length: int, device: str, most_rows: int | None = None, words: bool = False
+) -> Pairs:
+    """The pairs of a split, on the device, cut to `max_length` tokens (the closing token stays the last).
+
+    With `words`, those of dictionaries are the last domain.
+    """
+    paths = sorted((folder / split).glob("*.npz")) + ([_words_of(folder)] if words else [])
     columns = []
     languages = [np.load(path)["languages"][:most_rows] for path in paths]
     for column in COLUMNS:
@@ -321,15 +326,20 @@ def _is_translated(pairs: Pairs) -> np.ndarray:
     return np.repeat([name in TRANSLATED for name in pairs.domains], np.diff(pairs.first_rows))
 
 
+def _words_of(folder: Path) -> Path:
+    path = folder / WORDS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; allowed: inputs that --add-words gave some.")
+    return path
+
+
 def word_translations(folder: Path) -> list[tuple[Tensor, Tensor]]:
     """Ids and lengths of the English words of dictionaries, and those of the words of other languages.
 
     Raises:
         FileNotFoundError: The folder has none.
     """
-    if not (folder / WORDS).is_file():
-        raise FileNotFoundError(f"{folder / WORDS} is missing; allowed: inputs that --add-words gave some.")
-    with np.load(folder / WORDS) as file:
+    with np.load(_words_of(folder)) as file:
         return [
             (
                 torch.from_numpy(file[f"{column}_ids"].astype(np.int64)),

@@ -186,7 +186,7 @@ class Trainee:
             features = pairs.features(rows)
             # Batches of one domain: budgets with translations have no others
             domain = pairs.domains[np.searchsorted(pairs.first_rows, rows[0], side="right") - 1]
-            loss = self.loss.translations(features) if domain in setting.budget.translated else self.loss(features)
+            loss = self.loss.translations(features) if setting.budget.is_translated(domain) else self.loss(features)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, LARGEST_GRADIENT)
         if self.slow_experts is not None:

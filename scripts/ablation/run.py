@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -79,7 +80,7 @@ def run_table(
     deadline = time.monotonic() + 60 * minutes - SECONDS_LEFT[kit]
     inputs, work, device = place.inputs, place.work, place.device
     folder = place.results / budget.name
-    pairs = load_pairs(inputs, "train", budget.max_length, device)
+    load = lru_cache(partial(load_pairs, inputs, "train", budget.max_length, device))
     dev = load_pairs(inputs, "dev", budget.max_length, device, budget.dev_rows)
     texts = calibration_pairs(inputs, budget)
     sets = scoring.kit_sets(inputs / "kit") if kit else []
@@ -105,7 +106,7 @@ def run_table(
         setting = Setting(arm, budget, rate, seed, inputs, device, start)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        own = work / budget.name / name
+        pairs, own = load(words=arm.trains_on_words), work / budget.name / name
         finished = loop.train(setting, pairs, dev, texts, own, deadline)
         if finished is None:
             break
