@@ -151,7 +151,9 @@ def export(
     mixture = sentence.load(str(model), device="cpu") if isinstance(model, (str, os.PathLike)) else model
     encoder = sentence.encoder_of(mixture)
     if not isinstance(encoder, HagMoeModel):
-        raise ValueError(f"The encoder is a {type(encoder).__name__}; allowed: {sentence.allowed_mixture(encoder)}.")
+        raise ValueError(
+            f"The encoder is a {type(encoder).__name__}; allowed: a HagMoeModel, {sentence.allowed_mixture(encoder)}."
+        )
     if encoder.dtype != torch.float32:
         raise ValueError(f"The mixture is in {encoder.dtype}; allowed: torch.float32, which model.float() makes of it.")
     if format == "openvino" and encoder.ngram_memory is not None:  # it computes integers in 32 bits

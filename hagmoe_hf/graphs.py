@@ -143,9 +143,9 @@ class OnnxEncoder(nn.Module):
         """Refused: the graph lies in its folder already.
 
         Raises:
-            NotImplementedError: Always.
+            ValueError: Always.
         """
-        raise NotImplementedError(f"A graph is not saved again; allowed: a copy of the folder {self.path.parents[1]}.")
+        raise ValueError(f"A graph is not saved again; allowed: a copy of the folder {self.path.parents[1]}.")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **features: Any) -> BaseModelOutput:
         """(B, L) int64 ids and mask -> token states (B, L, D) float32; features that the graph lacks are ignored.

@@ -43,13 +43,15 @@ def pack(model: Any, parent: Any, folder: str | os.PathLike) -> Path:
         The folder, with the mixture's `config.json` and the difference.
 
     Raises:
-        ValueError: `model` holds no HAG-MoE, or one that `parent` could not have become.
+        ValueError: `model` holds no HAG-MoE, one that `parent` could not have become, or other modules than `parent`.
         FileExistsError: `folder` exists and is not empty.
     """
     model, parent = _loaded(model), _loaded(parent)
     encoder = sentence.encoder_of(model)
     if not isinstance(encoder, HagMoeModel):
-        raise ValueError(f"model holds a {type(encoder).__name__}; allowed: {sentence.allowed_mixture(encoder)}.")
+        raise ValueError(
+            f"model holds a {type(encoder).__name__}; allowed: a HagMoeModel, {sentence.allowed_mixture(encoder)}."
+        )
     if (modules := _modules(model)) != _modules(parent):
         raise ValueError(
             f"model is made of {', '.join(modules)}; allowed: the modules of parent, {', '.join(_modules(parent))}."

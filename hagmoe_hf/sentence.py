@@ -69,7 +69,7 @@ def load_as_saved(name_or_path: str) -> "BaseModel":
 
 @contextmanager
 def naming_the_model(name_or_path: str) -> Iterator[None]:
-    """While a model is loaded: say of which one it is that there is no folder, and that the Hub did not give it either.
+    """While a model is loaded: say of which one it is that there is no folder, and that it could not be had from the Hub.
 
     Raises:
         OSError: As above.
@@ -79,7 +79,7 @@ def naming_the_model(name_or_path: str) -> Iterator[None]:
     except OSError as error:
         if Path(name_or_path).is_dir():
             raise
-        raise OSError(f"{name_or_path!r} is no folder, and the Hub gives no such model: {error}") from error
+        raise OSError(f"{name_or_path!r} is no folder, and could not be loaded from the Hub: {error}") from error
 
 
 def encoder_subfolder(name_or_path: str) -> str:
@@ -108,7 +108,8 @@ def encoder_of(model: "BaseModel") -> PreTrainedModel:
 
 def allowed_mixture(model: torch.nn.Module) -> str:
     """What a message says is allowed, where `model` holds no HAG-MoE as far as this package sees."""
-    if any(type(module).__name__.startswith("HagMoe") for module in model.modules()):
+    kinds = {type(module) for module in model.modules()}
+    if any(kind.__name__.startswith("HagMoe") and not kind.__module__.startswith(__package__) for kind in kinds):
         return "one that was loaded after `import hagmoe_hf`, without trust_remote_code: this is its own remote code's"
     return "a HAG-MoE, see hagmoe_hf.upcycle"
 

@@ -31,6 +31,22 @@ def text_items(argument: str, texts: Iterable[str | Sequence[str]]) -> list[list
     return items
 
 
+def refuse_repeated_columns(source: Any, wanted: Iterable[str], present: Sequence[str]) -> None:
+    """Refuse columns that a file has more than once, of which one would be taken without a word.
+
+    Args:
+        source: What messages call the file.
+        wanted: Columns to look at.
+        present: All that the file has.
+
+    Raises:
+        ValueError: Names the file and the column.
+    """
+    for name in wanted:
+        if present.count(name) > 1:
+            raise ValueError(f"{source} has the column {name!r} {present.count(name)} times; allowed: once.")
+
+
 def single_texts(argument: str, texts: Iterable[str | Sequence[str]]) -> list[str]:
     """The texts of all items, one after the other; raises what `text_items` does."""
     return [text for item in text_items(argument, texts) for text in item]

@@ -170,7 +170,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(make_mixture, corpus
         ({"texts": ["one"]}, "1 texts are too few"),
         ({"reduce_range": True}, "reduce_range=True is of no use without int8"),
         ({"format": "openvino", "int8": True}, "int8 with format='openvino' is not possible"),
-        ({"model": "parent"}, "The encoder is a BertModel; allowed: a HAG-MoE"),
+        ({"model": "parent"}, "The encoder is a BertModel; allowed: a HagMoeModel, a HAG-MoE"),
         ({"model": "half"}, r"The mixture is in torch.bfloat16; allowed: torch.float32"),
     ],
 )

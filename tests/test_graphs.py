@@ -82,7 +82,7 @@ def test_what_a_graph_cannot_is_refused(exported, tmp_path):
         load(exported[1], device="cuda")
     with pytest.raises(ValueError, match="threads='2' is not possible; allowed: an integer"):
         load(exported[1], threads="2")  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="A graph is not saved again; allowed: a copy of the folder"):
+    with pytest.raises(ValueError, match="A graph is not saved again; allowed: a copy of the folder"):
         load(exported[1]).save_pretrained(str(tmp_path))
 
 

@@ -107,7 +107,7 @@ def test_tensors_that_say_nothing_of_themselves_are_refused(trained, tiny_parent
 
 
 def test_a_dense_model_is_refused(tiny_parent, tmp_path):
-    with pytest.raises(ValueError, match="model holds a BertModel; allowed: a HAG-MoE, see"):
+    with pytest.raises(ValueError, match="model holds a BertModel; allowed: a HagMoeModel, a HAG-MoE, see"):
         pack(SentenceTransformer(str(tiny_parent), device="cpu"), str(tiny_parent), tmp_path / "packed")
     with pytest.raises(OSError, match=r"config\.json"):
         unpack(tmp_path, str(tiny_parent))

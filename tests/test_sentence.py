@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -12,7 +13,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from hagmoe_hf import HagMoeModel, sentence, upcycle
+from hagmoe_hf import HagMoeForMaskedLM, HagMoeModel, sentence, upcycle
 from hagmoe_hf.demo import parent_folder
 
 TEXTS = ["free the disk space", "Wie spät ist es?", "", "a " * 400, "def f(x):\n    return x", "日本語のテキスト"]
@@ -115,11 +116,19 @@ def test_a_model_of_another_library_is_refused_by_its_type(tmp_path):
 
 def test_a_model_that_is_not_there_or_damaged_is_named(tmp_path):
     """Of several models one must know which."""
-    with pytest.raises(OSError, match="'no-such-folder' is no folder, and the Hub gives no such model"):
+    with pytest.raises(OSError, match="'no-such-folder' is no folder, and could not be loaded from the Hub"):
         sentence.load("no-such-folder")
     (tmp_path / "modules.json").write_text("[{")
     with pytest.raises(ValueError, match=r"modules\.json of .* is damaged"):
         sentence.encoder_subfolder(str(tmp_path))
+
+
+def test_only_a_mixture_of_remote_code_is_told_so():
+    """A head of this package's own is no reason to load the model in another way."""
+    with_head = HagMoeForMaskedLM(tiny_config())
+    assert sentence.allowed_mixture(with_head) == "a HAG-MoE, see hagmoe_hf.upcycle"
+    with_head.model.__class__ = type("HagMoeModel", (type(with_head.model),), {"__module__": "transformers_modules.me"})
+    assert "this is its own remote code's" in sentence.allowed_mixture(with_head)
 
 
 def test_a_model_whose_first_module_is_no_encoder_is_refused(real_parent):

@@ -283,7 +283,7 @@ def test_a_missing_folder_is_refused():
     """The library below would ask the Hub for it and complain about repository names."""
     with pytest.raises(FileNotFoundError, match="parent='/no/such/folder' is no folder"):
         upcycle("/no/such/folder")
-    with pytest.raises(OSError, match="'no-such-folder' is no folder, and the Hub gives no such model"):
+    with pytest.raises(OSError, match="'no-such-folder' is no folder, and could not be loaded from the Hub"):
         upcycle("no-such-folder")
 
 

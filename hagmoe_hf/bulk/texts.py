@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..texts import refuse_repeated_columns
+
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 Row = tuple[str | None, str | None]  # text, id
@@ -89,8 +91,7 @@ def _scan_parquet(
     for name in _given(column, id_column):
         if name not in names:
             raise ValueError(f"{path} has no column {name!r}; allowed: its columns {names}.")
-        if names.count(name) > 1:
-            raise ValueError(f"{path} has the column {name!r} {names.count(name)} times; allowed: once.")
+    refuse_repeated_columns(path, _given(column, id_column), names)
     kind = file.schema_arrow.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -164,9 +165,7 @@ def _header(file: BinaryIO, path: Path) -> list[str] | None:
     if path.suffix == ".jsonl":
         return None
     header = next(_csv(file), [])
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path} has the column {twice[0]!r} {header.count(twice[0])} times; allowed: once.")
+    refuse_repeated_columns(path, header, header)
     return header
 
 

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from ..texts import refuse_repeated_columns
+
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 STATED = ("lang", "license")  # columns of which the report says how many rows have which value, where they are there
 NOT_STATED = "not stated"
@@ -232,10 +234,9 @@ def _chosen(source: str, wanted: Sequence[str], optional: Sequence[str], present
     missing = [name for name in wanted if name not in present]
     if missing:
         raise ValueError(f"{source} has no column {missing[0]!r}; allowed: its columns {present}.")
-    twice = [name for name in wanted if present.count(name) > 1]
-    if twice:
-        raise ValueError(f"{source} has the column {twice[0]!r} {present.count(twice[0])} times; allowed: once.")
-    return [*wanted, *(name for name in optional if name in present and name not in wanted)]
+    chosen = [*wanted, *(name for name in optional if name in present and name not in wanted)]
+    refuse_repeated_columns(source, chosen, present)
+    return chosen
 
 
 def _from_table(table: pa.Table) -> Columns:
@@ -280,9 +281,7 @@ def _from_csv(source: str, text: str) -> tuple[Iterable[str], list[dict[str, Any
         header, *rows = [row for row in reader if row] or [[]]  # an empty line is no row
     except csv.Error as error:
         raise ValueError(f"{source}, line {reader.line_num}: {error}; allowed: CSV whose quotes are all closed.") from error
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if twice:
-        raise ValueError(f"{source} has the column {twice[0]!r} {header.count(twice[0])} times; allowed: once.")
+    refuse_repeated_columns(source, header, header)
     records = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
     return header, records, +Counter({"not as many values as the header": len(rows) - len(records)})
 

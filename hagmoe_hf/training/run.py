@@ -184,7 +184,10 @@ def _train_embeddings(
         eval_data, eval_report = _load_data(options, arguments, options.eval_data, max_rows=None)
         say(arguments, f"For evaluation: {eval_report}")
     everything = {**train_data, **(eval_data or {})}
-    _refuse_names(options, arguments.prompts, everything)
+    dotted = [domain for domain in everything if "." in domain]
+    if options.losses_by_domain and dotted:  # sentence-transformers makes modules of the losses, by these names
+        raise ValueError(f"domain_losses with the domain {dotted[0]!r}; allowed: domains without a dot.")
+    _check_prompts(arguments.prompts, everything)
     write_report(arguments, report)
 
     if options.recipe in RECIPES:
@@ -286,18 +289,17 @@ def _refuse_unknown_domains(where: str, named: Mapping[str, Any], train_data: Da
         raise ValueError(f"{where} names the domain {unknown[0]!r}; allowed: {sorted(train_data)} (from domain_column).")
 
 
-def _refuse_names(options: TrainOptions, prompts: Any, data: Mapping[str, Dataset]) -> None:
-    """Refuse names of domains that a loss of its own cannot have, and prompts that would be for nothing."""
-    dotted = [domain for domain in data if "." in domain]
-    if options.losses_by_domain and dotted:  # sentence-transformers makes modules of the losses, by these names
-        raise ValueError(f"domain_losses with the domain {dotted[0]!r}; allowed: domains without a dot.")
+def _check_prompts(prompts: Any, data: Mapping[str, Dataset]) -> None:
+    """Refuse prompts for what is no column and no domain: nothing would get them, without a word."""
     columns = list(dict.fromkeys(name for rows in data.values() for name in rows.column_names))
     for name, prompt in prompts.items() if isinstance(prompts, Mapping) else ():
         if name not in columns and name not in data:
             raise ValueError(f"prompts names {name!r}; allowed: a column of {columns}, or a domain of {list(data)}.")
-        for column, text in prompt.items() if isinstance(prompt, Mapping) else [(name, prompt)]:
-            if column != name and column not in columns:
+        is_by_column = isinstance(prompt, Mapping)
+        for column in prompt if is_by_column else ():
+            if column not in columns:
                 raise ValueError(f"prompts[{name!r}] names {column!r}; allowed: a column of {columns}.")
+        for text in prompt.values() if is_by_column else (prompt,):
             if not isinstance(text, str):
                 raise ValueError(f"prompts[{name!r}] holds {text!r}; allowed: texts.")
 

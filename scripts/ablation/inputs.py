@@ -185,7 +185,7 @@ def same_titles(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def add_words(words: Path, folder: Path) -> None:
-    """Put pairs of words into a folder that `prepare` made: no arm is trained on them, but a memory may start from them.
+    """Put pairs of words into a folder that `prepare` made: a memory may start from them; one arm is trained on them.
 
     Args:
         words: Parquet that `scripts/word_pairs.py` made. Pairs that a set of the kit compares are left out.
@@ -383,7 +383,7 @@ def texts_by_language(
 
 
 def plan(pairs: Pairs, budget: Budget, seed: int, mixed: bool) -> list[np.ndarray]:
-    """The rows of every step, the same for every arm: a function of data, budget, seed, and whether batches are mixed.
+    """The rows of every step, the same for every arm on the same pairs: a function of these, budget, seed, and `mixed`.
 
     Domains come by weight n^(1/T), what is left out never. Each goes through its rows in a random order, and starts again
     when it is used up.
